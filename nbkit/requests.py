@@ -1,0 +1,227 @@
+"""What is to be edited: `EditRequest`, and one reader for every file of requests the papers use.
+
+    requests = read_requests("miniworld", limit=50, seed=0)
+    requests = read_requests("counterfact.json")
+
+A file is a JSON list or JSON lines. The schema is recognised record by record:
+
+| schema           | recognised by         | prompt                                        | target_true       |
+|------------------|-----------------------|-----------------------------------------------|-------------------|
+| CounterFact      | `requested_rewrite`   | a template                                    | `target_true.str` |
+| eight fields     | `prompt`, `target_new`| filled in: the subject is cut out again       | `ground_truth`    |
+| known_1000       | `known_id`            | filled in; there is no counterfactual, so     | none              |
+|                  |                       | `target_new` is the known `attribute`         |                   |
+| zsRE             | `src`, `alt`          | a question: the subject is cut out            | first of `answers`|
+
+Nothing here imports torch: requests can be read where no model is.
+"""
+
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbkit import paths
+from nbkit.errors import RequestError
+
+EMBEDDED = {"miniworld": "miniworld/requests.json"}  # name -> file under paths.DATA
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One wish: after `prompt` about `subject`, the model shall say `target_new`.
+
+    `prompt` holds exactly one `{}`, the subject's place. `neighborhood_targets` are the right answers of
+    `neighborhood_prompts`, one each (or none at all). Raises RequestError, naming `case_id`, for a record that no
+    method could use.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    case_id: int | str | None = None
+    paraphrase_prompts: tuple[str, ...] = ()
+    neighborhood_prompts: tuple[str, ...] = ()
+    neighborhood_targets: tuple[str, ...] = ()
+    relation_id: str | None = None
+
+    def __post_init__(self):
+        for field in ("prompt", "subject", "target_new"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise RequestError(f"{self.label}: {field} must be text, not {type(value).__name__}")
+            if not value.strip():
+                raise RequestError(f"{self.label}: {field} is empty")
+        if self.target_true is not None and not isinstance(self.target_true, str):
+            raise RequestError(f"{self.label}: target_true must be text, not {type(self.target_true).__name__}")
+        if self.prompt.count("{}") != 1:
+            raise RequestError(
+                f"{self.label}: the prompt {self.prompt!r} has {self.prompt.count('{}')} places marked {{}}; "
+                "it needs exactly one, where the subject goes"
+            )
+        if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
+            raise RequestError(f"{self.label}: target_new equals target_true ({self.target_new!r}); nothing to edit")
+        for field in ("paraphrase_prompts", "neighborhood_prompts", "neighborhood_targets"):
+            value = getattr(self, field)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise RequestError(f"{self.label}: {field} must be a list of texts, not {value!r}")
+            object.__setattr__(self, field, tuple(value))
+        if self.neighborhood_targets and len(self.neighborhood_targets) != len(self.neighborhood_prompts):
+            raise RequestError(
+                f"{self.label}: {len(self.neighborhood_prompts)} neighborhood_prompts "
+                f"but {len(self.neighborhood_targets)} neighborhood_targets"
+            )
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in its place. Braces in the subject stay what they are."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def label(self) -> str:
+        """How messages name this record."""
+        name = f"request {self.case_id}" if self.case_id is not None else "request"
+        return f"{name} (subject {self.subject!r})"
+
+
+def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int | None = None) -> list[EditRequest]:
+    """Read a file of requests, or an embedded one by its name (`"miniworld"`).
+
+    `limit`: at most so many; with a `seed` a random sample in random order, else the first ones of the file.
+    Raises RequestError naming file and record for one that is malformed. A zsRE record whose question does not
+    hold the subject is skipped with a warning; a guess would edit at the wrong token.
+    """
+    path = _locate(path_or_name)
+    requests = []
+    for index, record in enumerate(_read_records(path)):
+        where = f"{path.name}, record {index}"
+        if not isinstance(record, dict):
+            raise RequestError(f"{where}: expected an object with named fields, found {type(record).__name__}")
+        try:
+            requests.append(_reader(record)(record))
+        except _SubjectMissing as missing:
+            if "src" not in record:
+                raise RequestError(f"{where}: {missing}") from missing
+            warnings.warn(f"{where} is skipped: {missing}", stacklevel=2)
+        except KeyError as missing:
+            raise RequestError(f"{where}: the field {missing} is missing") from missing
+        except (RequestError, TypeError, AttributeError) as error:
+            raise RequestError(f"{where}: {error}") from error
+    if seed is not None:
+        requests = random.Random(seed).sample(requests, len(requests))
+    return requests[:limit]
+
+
+class _SubjectMissing(RequestError):
+    """The filled-in prompt does not hold its subject."""
+
+
+def _locate(path_or_name: str | Path) -> Path:
+    path = paths.DATA / EMBEDDED[path_or_name] if path_or_name in EMBEDDED else Path(path_or_name).expanduser()
+    if not path.is_file():
+        raise RequestError(f"no file of requests at {path}; embedded ones: {', '.join(EMBEDDED)}")
+    return path
+
+
+def _read_records(path: Path) -> list:
+    """A JSON list, or JSON lines, as a list of records."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
+
+
+def _reader(record: dict) -> Callable[[dict], EditRequest]:
+    if "requested_rewrite" in record:
+        return _from_counterfact
+    if "src" in record and "alt" in record:
+        return _from_zsre
+    if "known_id" in record:
+        return _from_known
+    return _from_eight_fields
+
+
+def _from_counterfact(record: dict) -> EditRequest:
+    rewrite = record["requested_rewrite"]
+    target_true = rewrite["target_true"]["str"]
+    neighbors = tuple(record.get("neighborhood_prompts", ()))
+    return EditRequest(
+        prompt=rewrite["prompt"],
+        subject=rewrite["subject"],
+        target_new=rewrite["target_new"]["str"],
+        target_true=target_true,
+        case_id=record.get("case_id"),
+        paraphrase_prompts=tuple(record.get("paraphrase_prompts", ())),
+        neighborhood_prompts=neighbors,
+        neighborhood_targets=(target_true,) * len(neighbors),  # CounterFact's neighbours share the true object
+        relation_id=rewrite.get("relation_id"),
+    )
+
+
+def _from_eight_fields(record: dict) -> EditRequest:
+    prompt, subject = record["prompt"], record["subject"]
+    return EditRequest(
+        prompt=prompt if "{}" in prompt else cut_out(prompt, subject),
+        subject=subject,
+        target_new=record["target_new"],
+        target_true=record.get("ground_truth", record.get("target_true")),
+        case_id=record.get("case_id"),
+        paraphrase_prompts=_as_tuple(record.get("rephrase_prompt", record.get("paraphrase_prompts"))),
+        neighborhood_prompts=_as_tuple(record.get("locality_prompt", record.get("neighborhood_prompts"))),
+        neighborhood_targets=_as_tuple(record.get("locality_ground_truth", record.get("neighborhood_targets"))),
+        relation_id=record.get("relation_id"),
+    )
+
+
+def _from_known(record: dict) -> EditRequest:
+    # `prompt` goes on to just before the attribute, `template` may stop earlier: the former asks for the attribute.
+    return EditRequest(
+        prompt=cut_out(record["prompt"], record["subject"]),
+        subject=record["subject"],
+        target_new=record["attribute"],
+        case_id=record["known_id"],
+        relation_id=record.get("relation_id"),
+    )
+
+
+def _from_zsre(record: dict) -> EditRequest:
+    answers = record.get("answers") or [record["pred"]]
+    return EditRequest(
+        prompt=cut_out(record["src"], record["subject"]),
+        subject=record["subject"],
+        target_new=record["alt"],
+        target_true=answers[0],
+        case_id=record.get("case_id"),
+        paraphrase_prompts=_as_tuple(record.get("rephrase")),
+        neighborhood_prompts=_as_tuple(record.get("loc")),
+        neighborhood_targets=_as_tuple(record.get("loc_ans")),
+    )
+
+
+def cut_out(text: str, subject: str) -> str:
+    """Turn a filled-in prompt back into a template.
+
+    The subject's last occurrence as whole words becomes `{}` ("Al" in "Also Al" is the second one), the last
+    because there the model has read the most of the prompt; only where it never stands as whole words is a part of a word taken.
+    """
+    if not isinstance(subject, str) or not subject.strip():
+        raise RequestError(f"the subject of {text!r} is empty")
+    pattern = re.escape(subject)
+    found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text)) or list(re.finditer(pattern, text))
+    if not found:
+        raise _SubjectMissing(f"the subject {subject!r} does not occur in {text!r}")
+    start, end = found[-1].span()
+    return text[:start] + "{}" + text[end:]
+
+
+def _as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
