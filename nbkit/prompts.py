@@ -4,7 +4,8 @@ All of it is here, once. A token's *index* counts from the start of its own row,
 the same however the row is padded; `Batch.columns` turns indices into columns of the padded tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,3 +189,12 @@ def _check_length(lm: LanguageModel, row: Sequence[int], text: str | None = None
         raise PromptError(f"{name} has no tokens")
     if len(row) > lm.max_length:
         raise PromptError(f"{name} has {len(row)} tokens, more than the context of {lm.name} ({lm.max_length})")
+
+
+@contextmanager
+def named(request: EditRequest) -> Iterator[None]:
+    """Within this `with`, a PromptError says which request it is about."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{request.label}: {error}") from error
