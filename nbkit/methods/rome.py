@@ -37,7 +37,7 @@ from nbkit.replay import Replay
 from nbkit.requests import EditRequest
 
 KEY_MODES = ("mixed", "prefixed", "plain")
-KL_PROMPT = "{} is a"  # its next-token distribution shall not move: the subject stays what it is
+KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not move: the subject stays what it is
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,15 @@ def optimise_value(
     """Find δ, added to the value at the subject's last token, that makes the model say the target after every prompt.
 
     loss = mean over prompts of the target's negative log-likelihood (mean over its tokens)
-         + kl_factor · KL(p₀ ‖ p) of the next token after "{subject} is a"
+         + kl_factor · KL(p ‖ p₀) of the token after the subject in "{subject} is a", p₀ that of δ = 0
          + v_weight_decay · ‖δ‖ / ‖value_init‖²
+    The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not at
+    the prompt's end, and with p before p₀.
     A loss that is not finite ends it; the edit is then made with the δ reached, and says so ("nan").
     """
     target = target_ids(lm, request.target_new)
     rows, indices = find_subjects(lm, [*prompts, KL_PROMPT], [request.subject] * (len(prompts) + 1))
-    wanted = [range(len(row) - 1, len(row) - 1 + len(target)) for row in rows[:-1]] + [[len(rows[-1]) - 1]]
+    wanted = [range(len(row) - 1, len(row) - 1 + len(target)) for row in rows[:-1]] + [[indices[-1]]]
     rows = [[*row, *target[:-1]] for row in rows[:-1]] + [rows[-1]]
     replay = Replay(lm, parameters.layer, rows, indices, wanted)
 
@@ -175,7 +177,7 @@ def optimise_value(
             essence_before = essence.detach()
 
         nll = nlls.mean()
-        kl = parameters.kl_factor * (essence_before.exp() * (essence_before - essence)).sum()
+        kl = parameters.kl_factor * (essence.exp() * (essence - essence_before)).sum()
         weight_decay = parameters.v_weight_decay * delta.norm() / value_init.norm() ** 2
         loss = nll + kl + weight_decay
 
