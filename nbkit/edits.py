@@ -1,7 +1,7 @@
 """An edit is a value: deltas of named weights. Applying it is a `with`, and leaving restores every bit.
 
-    with applied(lm, edit):
-        ...                              # lm.model is the edited model here
+with applied(lm, edit):
+    ...                              # lm.model is the edited model here
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -76,7 +76,7 @@ class Edit:
 
 @contextmanager
 def applied(lm: LanguageModel, edit: Edit) -> Iterator[LanguageModel]:
-    """The weights carry `edit` inside the `with`; on leaving, also by an exception, they are bit for bit what they were.
+    """The weights carry `edit` inside the `with`; on leaving, also by an exception, each bit is what it was.
 
     Nests: the inner edit comes on top of the outer one and goes first. ModelError for a weight the model does not
     have, of another shape, or not in memory.
@@ -96,7 +96,9 @@ def restoring(lm: LanguageModel) -> Iterator[Callable[[Edit], None]]:
     n_before = lm.n_applied
 
     def add(edit: Edit) -> None:
-        weights = {name: _weight(lm, name, delta) for name, delta in edit.deltas.items()}  # all checked before any changes
+        weights = {
+            name: _weight(lm, name, delta) for name, delta in edit.deltas.items()
+        }  # all checked before any changes
         lm.n_applied += 1
         for name, delta in edit.deltas.items():
             weight = weights[name]
@@ -122,7 +124,9 @@ def _weight(lm: LanguageModel, name: str, delta: LowRank | Dense) -> Tensor:
         raise ModelError(f"{lm.name}: {name} is offloaded (on the meta device), where an edit would never reach it")
     shape = tuple(reversed(weight.shape)) if lm.architecture.transposed else tuple(weight.shape)
     if tuple(delta.shape) != shape:
-        raise ModelError(f"the edit's update of {name} is {tuple(delta.shape)}, the weight of {lm.name} is {shape} (d_out, d_in)")
+        raise ModelError(
+            f"the edit's update of {name} is {tuple(delta.shape)}, the weight of {lm.name} is {shape} (d_out, d_in)"
+        )
     return weight
 
 

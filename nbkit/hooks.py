@@ -67,7 +67,7 @@ def replace(
     where: Where = "output",
     shape: tuple[int, int] | None = None,
 ) -> Iterator[None]:
-    """Give the pass `fn(tensor)` for the module's input or output tensor. `fn` must not change its argument in place."""
+    """The pass goes on with `fn(tensor)` as the module's input or output. `fn` must not work in place."""
     _check(where)
 
     def changed(tensor: torch.Tensor) -> torch.Tensor:

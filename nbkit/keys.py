@@ -53,7 +53,7 @@ def keys(
     batch_size: int = 64,
     padding: Padding = "right",
 ) -> Float[Tensor, "request template d_mlp"]:
-    """Keys at the subject's last token, for every request behind every context template (k_u is template 0, k̄ the mean)."""
+    """Keys at the subject's last token, of every request behind every template (k_u is template 0's, k̄ their mean)."""
     templates = check_templates(context_templates)
     lm.check_layer(layer)
     for request in requests:  # tokenised here only so that an unusable prompt is reported by its request

@@ -154,7 +154,9 @@ class LanguageModel:
     def check_layer(self, layer: int) -> int:
         """Return `layer`; ModelError if there is none of that number, or its weight is not in memory."""
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
-            raise ModelError(f"layer {layer} does not exist in {self.name} ({self.n_layers} layers, 0 to {self.n_layers - 1})")
+            raise ModelError(
+                f"layer {layer} does not exist in {self.name} ({self.n_layers} layers, 0 to {self.n_layers - 1})"
+            )
         if self.model.get_submodule(self.architecture.projection_path(layer)).weight.is_meta:
             raise ModelError(
                 f"{self.name}: the weight of layer {layer} is offloaded (on the meta device), where an edit would "
@@ -167,7 +169,7 @@ class LanguageModel:
         return self.model.get_submodule(self.architecture.projection_path(self.check_layer(layer)))
 
     def weight(self, layer: int) -> torch.Tensor:
-        """The projection's weight as stored: (d_mlp, d_model) if the architecture is transposed, else (d_model, d_mlp)."""
+        """The projection's weight as stored: (d_mlp, d_model) in a transposed architecture, else (d_model, d_mlp)."""
         return self.projection(layer).weight
 
     def weight_name(self, layer: int) -> str:
@@ -212,8 +214,8 @@ def load(
         config = AutoConfig.from_pretrained(place, **source)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no model {name!r}: neither embedded ({', '.join(embedded_models()) or 'none'}), nor a folder with a model "
-            f"of a known type, nor one that could be had from the Hugging Face hub. {error}"
+            f"no model {name!r}: neither embedded ({', '.join(embedded_models()) or 'none'}), nor a folder with a "
+            f"model of a known type, nor one that could be had from the Hugging Face hub. {error}"
         ) from error
     architecture = architecture_of(config, name)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -224,7 +226,9 @@ def load(
             place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{name}: its tokenizer or weights cannot be read, a file is missing or damaged: {error}") from error
+        raise ModelError(
+            f"{name}: its tokenizer or weights cannot be read, a file is missing or damaged: {error}"
+        ) from error
     if report["missing_keys"]:
         raise ModelError(f"{name}: its files lack the weights {', '.join(sorted(report['missing_keys']))}")
     for key, parameter in model.named_parameters():
@@ -254,7 +258,11 @@ def _check_bos(lm: LanguageModel, architecture: Architecture) -> None:
 
 
 def _hash(model: PreTrainedModel) -> str:
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("transformers_version", "_name_or_path")}
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("transformers_version", "_name_or_path")
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

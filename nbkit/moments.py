@@ -1,11 +1,14 @@
 """The second moment of the keys, C = E[k kᵀ], not centred, over ordinary text: streamed, in float64.
 
+What ROME's u = C⁻¹ k̄ needs:
+
     C = second_moment(lm, layer=3, texts=texts, n_tokens=100_000, cache=paths.RUNS / "moments")
-    u = SecondMoments(C, lm).solve(3, key)           # C⁻¹ k, by a Cholesky factor, never by an inverse
+    u = SecondMoments(C, lm).solve(3, key)           # by a Cholesky factor, never by an inverse
+
+Every token counts alike; of each text the first ones are keys of position 0, as in the papers' statistics.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,11 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit.errors import MethodError, PromptError, ResultsError
+from nbkit.files import write_atomically
 from nbkit.keys import projection_pass
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad
@@ -35,8 +39,8 @@ def second_moment(
     """E[k kᵀ] of `layer` over the tokens of `texts`, float64, on the model's device.
 
     Texts are tokenised as everywhere (BOS where the tokenizer adds one); one longer than the context is read in
-    windows. `n_tokens`: exactly so many, the first; PromptError if the texts hold fewer. `cache`: a folder where the result
-    is kept under a name made of all that determines it, and found again.
+    windows. `n_tokens`: exactly so many, the first; PromptError if the texts hold fewer. `cache`: a folder where the
+    result is kept under a name made of all that determines it, and found again. The model is not changed.
     """
     if isinstance(texts, str):
         raise PromptError("texts must be a list of texts, not one text")
@@ -124,7 +128,9 @@ def _windows(lm: LanguageModel, texts: Sequence[str], n_tokens: int | None) -> l
 
 
 def _name(lm: LanguageModel, layer: int, texts: Sequence[str], n_tokens: int | None) -> str:
-    digest = hashlib.sha256(f"{lm.hash} {lm.dtype} {layer} {n_tokens} {lm.tokenizer.backend_tokenizer.to_str()}".encode())
+    digest = hashlib.sha256(
+        f"{lm.hash} {lm.dtype} {layer} {n_tokens} {lm.tokenizer.backend_tokenizer.to_str()}".encode()
+    )
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:32]
@@ -138,11 +144,8 @@ def _read(path: Path) -> Tensor:
 
 
 def _write(matrix: Tensor, path: Path) -> None:
-    """Write beside and rename, so that a killed run leaves no half file under the final name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"second_moment": matrix.contiguous()}, beside)
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
+        write_atomically(path, lambda file: file.write(save({"second_moment": matrix.contiguous()})))
+    except OSError as error:
         raise ResultsError(f"the second moment cannot be written to {path}: {error}") from error

@@ -18,7 +18,7 @@ from nbkit.models import LanguageModel
 from nbkit.requests import EditRequest
 
 Padding = Literal["right", "left"]
-STARTS = ("The", "Therefore", "Because", "I", "You")  # of the sampled prefixes; papers.md §3.1
+STARTS = ("The", "Therefore", "Because", "I", "You")  # of the sampled prefixes, ROME's
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Batch:
 def encode(
     lm: LanguageModel, texts: Sequence[str], padding: Padding = "right", add_special_tokens: bool = True
 ) -> Batch:
-    """Tokenise texts, with BOS where the tokenizer adds one, and pad them. PromptError for one longer than the context."""
+    """Tokenise texts, with BOS where the tokenizer adds one, and pad them; PromptError as in `tokenize`."""
     return pad(lm, tokenize(lm, texts, add_special_tokens), padding)
 
 
 def tokenize(lm: LanguageModel, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of each text, unpadded. PromptError, naming the text, for one that is empty or longer than the context."""
+    """Token ids of each text, unpadded. PromptError, naming the text, for an empty one or one beyond the context."""
     rows = lm.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
     for text, row in zip(texts, rows, strict=True):
         _check_length(lm, row, text)
@@ -144,16 +144,18 @@ def context_templates(
     starts: Sequence[str] = STARTS,
     top_k: int = 5,
 ) -> list[str]:
-    """Prefixes over which keys are averaged: "{}", then for each (n_tokens, n_templates) that many sampled texts + ". {}".
+    """Prefixes to average keys over: "{}", then for each (n_tokens, n_templates) so many sampled texts + ". {}".
 
-    The model itself continues the `starts` by n_tokens, each drawn from the `top_k` likeliest tokens (papers.md §3.1). Same seed,
-    same templates; no global random state is touched. Braces in a sample are blanked out.
+    The model itself continues the `starts` by n_tokens, each drawn from the `top_k` likeliest tokens, as ROME does.
+    Same seed, same templates; no global random state is touched. Braces in a sample are blanked out.
     """
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for n_tokens, n_templates in lengths:
         prefixes = tokenize(lm, [starts[i % len(starts)] for i in range(n_templates)])
-        for text in lm.tokenizer.batch_decode(_sample(lm, prefixes, n_tokens, top_k, generator), skip_special_tokens=True):
+        for text in lm.tokenizer.batch_decode(
+            _sample(lm, prefixes, n_tokens, top_k, generator), skip_special_tokens=True
+        ):
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return templates
 

@@ -41,10 +41,10 @@ class Replay:
         self.keep = self.keep.to(lm.device)
 
     def logits(self, delta: Float[Tensor, " d_model"]) -> Float[Tensor, "wanted vocabulary"]:
-        """Logits at the wanted tokens, row by row, with `delta` added to each row's value. Differentiable in `delta`."""
+        """Logits at the wanted tokens, row by row, `delta` added to each row's value. Differentiable in `delta`."""
 
         def add(values: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
-            return values.index_put(self.at, delta.to(values.dtype).expand(len(self.batch.lengths), -1), accumulate=True)
+            return values.index_put(self.at, delta.to(values.dtype).expand(values.shape[0], -1), accumulate=True)
 
         with replace(self.projection, add, shape=self.batch.shape):
             return self.lm.logits(self.batch, keep=self.keep)

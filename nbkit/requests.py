@@ -208,8 +208,8 @@ def _from_zsre(record: dict) -> EditRequest:
 def cut_out(text: str, subject: str) -> str:
     """Turn a filled-in prompt back into a template.
 
-    The subject's last occurrence as whole words becomes `{}` ("Al" in "Also Al" is the second one), the last
-    because there the model has read the most of the prompt; only where it never stands as whole words is a part of a word taken.
+    The subject's last occurrence as whole words becomes `{}` ("Al" in "Also Al" is the second one), the last because
+    there the model has read most of the prompt. A part of a word is taken only where it never stands as whole words.
     """
     if not isinstance(subject, str) or not subject.strip():
         raise RequestError(f"the subject of {text!r} is empty")

@@ -1,7 +1,11 @@
-"""The methods by name, and the verbs that run them: `edit` (independent edits), `edit_sequence` (each on top of the last).
+"""The methods by name, and the verbs that run them: independent edits, and edits on top of each other.
+
+What they have in common, whatever the method:
 
     edits = edit(lm, requests, method="rome", key_mode="prefixed")
     for step in edit_sequence(lm, requests): ...      # inside the loop, lm carries all edits so far
+
+`edit_sequence` gives the weights back as they were.
 """
 
 import dataclasses
@@ -29,7 +33,7 @@ SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | None
 
 @dataclass(frozen=True)
 class Method:
-    """`run(lm, requests, context_templates, second_moments, parameters, progress) -> list[Edit]` and its parameters' class."""
+    """`run(lm, requests, context_templates, second_moments, parameters, progress) -> list[Edit]`, and its parameters."""
 
     run: Callable[..., list[Edit]]
     parameters: type

@@ -1,4 +1,4 @@
-"""ROME and its consistent relatives: one fact becomes one rank-one update of one MLP projection (papers.md §3.1-3.2).
+"""ROME and its consistent relatives: one fact becomes one rank-one update of one MLP projection.
 
     ΔW = (v* - W k) uᵀ / (k·u),   u = C⁻¹ k' / ‖C⁻¹ k'‖        so that (W + ΔW) k = v*
 
@@ -13,10 +13,14 @@ templates (the empty one is among them). Which of them stand for k and k' is `ke
 
 Without a second moment C is the identity, as in the released settings of the collapse papers.
 
-`Edit.info` holds: numerator ‖v* - W k‖, denominator |k·u| (u of unit norm), update_norm ‖ΔW‖_F = numerator/denominator,
-losses (one [total, nll, kl, weight decay] a step), target_probability (of the target, geometric mean over its tokens, mean over
-templates, at the last loss), stop_reason ("loss" | "steps" | "nan"), layer, key_mode, n_templates, subject_kind, and as
-CPU tensors key_plain k_u, key_mean k̄, u, value_init (the unprefixed value v* starts from), value_star v*, value_now W k (+ b).
+Meng et al., Locating and Editing Factual Associations in GPT, eq. 2-4; for the modes, The Fall of ROME (Yang et al.)
+and Rebuilding ROME (Gupta et al.).
+
+`Edit.info` holds, as numbers and words: numerator ‖v* - W k‖, denominator |k·u| (u of unit norm), update_norm ‖ΔW‖_F
+= numerator/denominator, losses (one [total, nll, kl, weight decay] a step), target_probability (geometric mean over the
+target's tokens, mean over templates, at the last loss), stop_reason ("loss" | "steps" | "nan"), layer, key_mode,
+second_moment (whether given), n_templates, subject_kind; and as CPU tensors: key_plain k_u, key_mean k̄, u,
+value_init (the unprefixed value that v* starts from), value_star v*, value_now (W k + b).
 """
 
 from collections.abc import Sequence
@@ -153,8 +157,9 @@ def optimise_value(
     loss = mean over prompts of the target's negative log-likelihood (mean over its tokens)
          + kl_factor · KL(p ‖ p₀) of the token after the subject in "{subject} is a", p₀ that of δ = 0
          + v_weight_decay · ‖δ‖ / ‖value_init‖²
-    The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not at
-    the prompt's end, and with p before p₀.
+
+    The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not
+    at the prompt's end, and of p from p₀, not of p₀ from p.
     A loss that is not finite ends it; the edit is then made with the δ reached, and says so ("nan").
     """
     target = target_ids(lm, request.target_new)
