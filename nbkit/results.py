@@ -9,7 +9,6 @@ finished units are written to a new `part-*.parquet`, under a temporary name fir
 whole files only, and several processes can add to one study. Needs no torch.
 """
 
-import contextlib
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.errors import ResultsError
+from nbkit.files import write_atomically
 from nbkit.provenance import canonical, digest, now, plain, provenance
 
 __all__ = ["Store", "Study", "provenance"]
@@ -143,7 +143,7 @@ class Study:
         part = self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(part, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
+            write_atomically(part, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
         except OSError as error:
             _kept[self.folder] = dict(self._unsaved)
             raise self._failure(error, f"{len(self._unsaved)} finished units are kept in memory") from error
@@ -154,8 +154,8 @@ class Study:
     def _failure(self, error: OSError, state: str) -> ResultsError:
         reason = os.strerror(error.errno) if error.errno else str(error)
         failure = ResultsError(
-            f"cannot write results to {self.folder}: {reason}; {state}. Free or unlock the folder, or set NBKIT_RUNS to "
-            "another one, and run this again"
+            f"cannot write results to {self.folder}: {reason}; {state}. Free or unlock the folder, or set NBKIT_RUNS "
+            "to another one, and run this again"
         )
         failure.study = self
         return failure
@@ -171,7 +171,7 @@ class Study:
         return pa.Table.from_pylist(rows, schema=self._schema).to_pandas()
 
     def complete(self, units: Iterable[str], compute: Callable[[str], list[dict]], label: str = "") -> pd.DataFrame:
-        """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all of them."""
+        """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all."""
         units = list(units)
         pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
         if pending or self._unsaved:
@@ -186,7 +186,7 @@ class Study:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             key = json.dumps(self.key, indent=1, sort_keys=True, ensure_ascii=False)
-            _write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
+            write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
         except OSError as error:
             raise self._failure(error, "nothing was computed") from error
         return self
@@ -199,17 +199,3 @@ class Study:
 def _item(value: Any) -> Any:
     """A Python value for a numpy scalar, an array or a small tensor."""
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _write_atomically(path: Path, write: Callable) -> None:
-    """Writes a file so that it appears whole or not at all, for other processes and after a power cut too."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

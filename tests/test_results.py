@@ -62,7 +62,9 @@ def test_rows_come_back_as_they_were_and_are_not_computed_again(store):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("unit 4 is bad"), SystemExit(1)])
 @pytest.mark.parametrize("flush_seconds", [0.0, 1000.0])
-def test_an_interrupted_study_resumes_and_equals_an_uninterrupted_one(store, tmp_path, monkeypatch, error, flush_seconds):
+def test_an_interrupted_study_resumes_and_equals_an_uninterrupted_one(
+    store, tmp_path, monkeypatch, error, flush_seconds
+):
     monkeypatch.setattr(results, "FLUSH_SECONDS", flush_seconds)
     compute = Compute(type(error)(*error.args), at=4)
     with pytest.raises(type(error)):
@@ -97,7 +99,9 @@ def test_columns_that_are_empty_in_one_part_keep_their_type(store):
 
 
 def test_any_change_of_the_key_is_another_study(store):
-    folders = {store.study("toy", {**KEY, **change}).folder for change in ({}, {"seed": 1}, {"model": "x"}, {"lr": 0.5})}
+    folders = {
+        store.study("toy", {**KEY, **change}).folder for change in ({}, {"seed": 1}, {"model": "x"}, {"lr": 0.5})
+    }
     assert len(folders) == 4
     assert store.study("toy", dict(reversed(KEY.items()))).folder in folders
 
@@ -148,7 +152,7 @@ def test_a_read_only_folder_stops_the_study_before_it_computes_but_can_be_read(s
     def read_only(*args):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(results, "_write_atomically", read_only)
+    monkeypatch.setattr(results, "write_atomically", read_only)
     compute = Compute()
     with pytest.raises(ResultsError, match="Read-only file system; nothing was computed"):
         store.study("toy", KEY).complete(UNITS, compute)
@@ -258,7 +262,9 @@ def write_package(folder, **files):
 
 def test_code_version_sees_code_and_hyperparameters_but_not_words_or_drawings(tmp_path):
     package = tmp_path / "package"
-    first = write_package(package, rome_dot_py='"""Words."""\ndef f(x):\n    """More."""\n    return x + 1\n', hparams_dot_toml="a = 1")
+    first = write_package(
+        package, rome_dot_py='"""Words."""\ndef f(x):\n    """More."""\n    return x + 1\n', hparams_dot_toml="a = 1"
+    )
     assert write_package(package, rome_dot_py="def f(x):  # said otherwise\n    return x + 1\n") == first
     assert write_package(package, plots_dot_py="colour = 1", results_dot_py="x = 1", __main___dot_py="x = 2") == first
     changed = write_package(package, rome_dot_py="def f(x):\n    return x + 2\n")
@@ -266,7 +272,9 @@ def test_code_version_sees_code_and_hyperparameters_but_not_words_or_drawings(tm
     assert write_package(package, hparams_dot_toml="a = 2") not in (first, changed)
 
 
-@pytest.mark.parametrize(("name", "determines"), [("studies.py", True), ("plots/styles.py", False), ("__init__.py", False)])
+@pytest.mark.parametrize(
+    ("name", "determines"), [("studies.py", True), ("plots/styles.py", False), ("__init__.py", False)]
+)
 def test_code_version_of_this_package_covers_its_studies(tmp_path, name, determines):
     package = shutil.copytree(paths.ROOT / "nbkit", tmp_path / "nbkit")
     with open(package / name, "a") as file:

@@ -1,0 +1,64 @@
+"""Does perplexity stand in for the task scores? Spearman's rho of score against log perplexity, with an interval.
+
+The papers' statistic is unknown; this is the project's own. Rho depends on ranks only, so the logarithm changes nothing
+and a model whose perplexity is infinite or NaN is simply the worst one. Needs no torch.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+class Correlation(NamedTuple):
+    """Spearman's rho of n pairs and its 95 % bootstrap interval; NaN where it is not defined."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def _rho(perplexity: np.ndarray, score: np.ndarray) -> float:
+    with warnings.catch_warnings():  # a resample of equal values has no rho: NaN, left out of the interval below
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return float(stats.spearmanr(perplexity, score).statistic)
+
+
+def spearman(perplexity, score, seed: int = 0, n_resamples: int = 2000) -> Correlation:
+    """Spearman's rho with the percentile interval of a paired bootstrap over the models.
+
+    Args:
+        perplexity: one value a model; NaN counts as infinite, the worst.
+        score: one task score a model; pairs without a score are left out, and n says how many remain.
+        seed: of the resampling; the same seed gives the same interval.
+    """
+    perplexity, score = np.asarray(perplexity, float), np.asarray(score, float)
+    perplexity, score = perplexity[~np.isnan(score)], score[~np.isnan(score)]
+    perplexity = np.where(np.isnan(perplexity), np.inf, perplexity)
+    n = len(score)
+    if n < 3 or np.ptp(score) == 0 or (perplexity == perplexity[0]).all():
+        return Correlation(np.nan, np.nan, np.nan, n)
+    resampled = stats.bootstrap(
+        (stats.rankdata(perplexity), score),
+        _rho,
+        paired=True,
+        vectorized=False,
+        n_resamples=n_resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
+    return Correlation(_rho(perplexity, score), float(low), float(high), n)
+
+
+def correlations(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """One row a task: rho, low, high, n, over the edited models of `studies.task_correlation`'s rows."""
+    edited = frame[frame["edited"]] if "edited" in frame else frame
+    rows = [
+        {"task": task, **spearman(rows["perplexity"], rows["score"], seed=seed)._asdict()}
+        for task, rows in edited.groupby("task", sort=False)
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,39 @@
+"""Figures: each function draws one DataFrame on one matplotlib Axes and returns the Axes; only `save_figure` writes.
+
+    with plots.paper_style():
+        fig, ax = plt.subplots(figsize=(plots.COLUMN, 2.4))
+        plots.perplexity_per_edit(frame, ax)
+        plots.save_figure(fig, "01_perplexity_per_edit", "Perplexity after ...")
+
+No torch is imported here: figures can be drawn from stored rows anywhere.
+"""
+
+from nbkit.plots.edits import loss_curve, template_similarity, top_tokens
+from nbkit.plots.keys import denominators, embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
+from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips
+from nbkit.plots.sequences import sequential_curves
+from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
+from nbkit.plots.tasks import perplexity_vs_task, perplexity_vs_tasks
+
+__all__ = [
+    "COLUMN",
+    "TWO_COLUMNS",
+    "collapse_share",
+    "denominators",
+    "embedding_scatter",
+    "label_panels",
+    "loss_curve",
+    "norm_histogram",
+    "paper_style",
+    "perplexity_per_edit",
+    "perplexity_strips",
+    "perplexity_vs_task",
+    "perplexity_vs_tasks",
+    "save_figure",
+    "sequential_curves",
+    "shared_legend",
+    "similarity_curves",
+    "similarity_histogram",
+    "template_similarity",
+    "top_tokens",
+]

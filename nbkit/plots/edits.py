@@ -1,0 +1,83 @@
+"""One edit seen from inside: how its value was found, what it does to the next token, which key it uses."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from nbkit.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, columns, legend_above
+
+LOSS_PARTS = {"nll": "new target (NLL)", "kl": "essence (KL)", "weight_decay": "size of the change"}
+
+
+def loss_curve(frame: pd.DataFrame, ax: Axes, threshold: float | None = 0.05) -> Axes:
+    """The loss of v* over the optimisation's steps, its three parts stacked.
+
+    Args:
+        frame: one row a step: step, nll, kl, weight_decay (nats, already weighted, so that they add up to the loss).
+        threshold: where the search stops early, as a dashed line; None for no line.
+    """
+    columns(frame, "step", *LOSS_PARTS)
+    ax.stackplot(
+        frame["step"],
+        *(frame[part] for part in LOSS_PARTS),
+        labels=LOSS_PARTS.values(),
+        colors=[BLUE, ORANGE, GREEN],
+        alpha=0.75,
+        lw=0,
+    )
+    ax.plot(frame["step"], frame[list(LOSS_PARTS)].sum(axis=1, skipna=False), color=BLACK, lw=1, label="total")
+    if threshold is not None:
+        ax.axhline(threshold, color=GREY, ls="--", lw=0.8, label=f"stop below {threshold:g}")
+    ax.set_xlim(frame["step"].min(), frame["step"].max())
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("Optimisation step")
+    ax.set_ylabel("Loss of $v^*$ (nats)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(ax, ncols=2)
+    return ax
+
+
+def _plain_text(text: str, most: int = 30) -> str:
+    """A label with its blanks visible, no mathematics in it, and not too long."""
+    text = text.replace("$", r"\$").replace("\n", "⏎")
+    text = "␣" + text[1:] if text.startswith(" ") else text
+    return text if len(text) <= most else text[: most - 6] + "…" + text[-5:]
+
+
+def top_tokens(frame: pd.DataFrame, ax: Axes, target: str | None = None) -> Axes:
+    """Probabilities of next tokens before and after an edit, as pairs of bars, the likeliest on top.
+
+    Args:
+        frame: token, before, after (probabilities between 0 and 1); drawn in this order.
+        target: the token whose label is set in bold.
+    """
+    columns(frame, "token", "before", "after")
+    at = np.arange(len(frame))
+    ax.barh(at - 0.2, frame["before"], height=0.38, color=SKY, label="before")
+    ax.barh(at + 0.2, frame["after"], height=0.38, color=VERMILION, label="after")
+    ax.set_yticks(at, [_plain_text(token) for token in frame["token"]])
+    for label, token in zip(ax.get_yticklabels(), frame["token"], strict=True):
+        label.set_fontweight("bold" if token == target else "normal")
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("Next-token probability")
+    legend_above(ax)
+    return ax
+
+
+def template_similarity(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """The cosine similarity of each template's key to the plain key, one dot a template.
+
+    Args:
+        frame: template (text with {} for the prompt), similarity; drawn in this order from the top.
+    """
+    columns(frame, "template", "similarity")
+    at = np.arange(len(frame))
+    ax.hlines(at, 0, frame["similarity"], color=GREY, lw=0.6)
+    ax.plot(frame["similarity"], at, ls="none", marker="o", color=BLUE, ms=3.5)
+    ax.set_yticks(at, [_plain_text(template) for template in frame["template"]])
+    ax.invert_yaxis()
+    ax.set_xlim(min(0.0, float(frame["similarity"].min()) - 0.05), 1.03)
+    ax.set_xlabel("Cosine to the plain key")
+    return ax

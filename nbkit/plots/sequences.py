@@ -1,0 +1,88 @@
+"""Editing one model again and again: how it fares against the number of edits."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from nbkit.plots.style import (
+    CEILING,
+    GREY,
+    at_edge,
+    columns,
+    edge_handle,
+    edge_of,
+    group_styles,
+    legend_above,
+    log_axis,
+    mark_edge,
+)
+
+LABELS = {
+    "perplexity": "Perplexity",
+    "efficacy": "Edit success,\nall edits so far",
+    "efficacy_after": "Edit success,\nright after each edit",
+    "paraphrase": "Paraphrase success,\nall edits so far",
+    "neighborhood": "Neighbourhood success,\nall edits so far",
+}
+BANDS = {"range": ((0.0, 1.0), "minimum to maximum"), "iqr": ((0.25, 0.75), "25th to 75th percentile")}
+
+
+def sequential_curves(
+    frame: pd.DataFrame,
+    ax: Axes,
+    y: str = "perplexity",
+    group: str = "group",
+    band: str = "range",
+    ceiling: float | None = CEILING,
+) -> Axes:
+    """The median over seeds of `y` against the number of edits, one line and band per group.
+
+    Args:
+        frame: rows of `studies.sequential_edits`: n_edits, seed, `y`, `group`; rows that are no checkpoint are skipped.
+        y: "perplexity" (log axis), or a share between 0 and 1 such as "efficacy" (of all edits so far) or
+            "efficacy_after" (right after each edit).
+        band: "range" (minimum to maximum over the seeds) or "iqr" (25th to 75th percentile); the legend says which.
+        ceiling: perplexities above it, and infinite or NaN ones, count as lying there, at the top edge; hollow
+            triangles mark where that is true of the median.
+    """
+    columns(frame, "n_edits", "seed", y, group)
+    if band not in BANDS:
+        raise ValueError(f"band {band!r} is unknown: choose one of {', '.join(BANDS)}")
+    if "checkpoint" in frame:
+        frame = frame[frame["checkpoint"].astype(bool)]
+    if y != "perplexity":
+        frame = frame[frame["n_edits"] > 0]  # no edit, no success to measure
+    (low, high), band_text = BANDS[band]
+    edge, n_over = np.inf, 0
+    if y == "perplexity":
+        edge = edge_of(frame[y], ceiling)
+        drawn, over = at_edge(frame[y], edge)
+        frame, n_over = frame.assign(**{y: drawn}), int(over.sum())
+    handles = []
+    for name, (colour, marker) in group_styles(frame[group]).items():
+        of_group = frame[frame[group] == name]
+        table = of_group.pivot(index="n_edits", columns="seed", values=y)  # NaN where a seed has no such row
+        middle = np.nanmedian(table, axis=1)
+        ax.fill_between(table.index, *np.nanquantile(table, [low, high], axis=1), color=colour, alpha=0.2, lw=0)
+        few = marker if len(table) <= 12 else None
+        (line,) = ax.plot(table.index, middle, color=colour, marker=few, ms=3, mew=0)
+        line.set_label(f"{name} ({table.shape[1]} seed{'s' * (table.shape[1] > 1)})")
+        handles.append(line)
+        top = middle >= edge
+        mark_edge(ax, table.index[top], middle[top], colour)
+    handles.append(Line2D([], [], color=GREY, lw=5, alpha=0.3, label=f"median; band: {band_text}"))
+    if y == "perplexity":
+        ax.set_yscale("log")
+        if n_over:
+            ax.set_ylim(top=edge * 1.15)
+            handles.append(edge_handle(n_over, len(frame), edge, ceiling))
+        log_axis(ax.yaxis)
+    else:
+        ax.set_ylim(-0.03, 1.03)
+    ax.set_xlabel("Number of edits")
+    ax.set_ylabel(LABELS.get(y, y))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(ax, handles)
+    return ax

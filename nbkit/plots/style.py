@@ -1,0 +1,201 @@
+"""What all figures share: sizes, fonts, colours of the groups, where values off the scale go, and how to save."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+from nbkit import paths
+from nbkit.errors import ResultsError
+from nbkit.files import write_atomically
+
+COLUMN = 3.4  # inches: the width of one column of a two-column paper
+TWO_COLUMNS = 7.0  # inches: the full text width
+CEILING = 1e6  # perplexities above it are drawn at the top edge, and the legend says so
+
+BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito: told apart by all eyes
+ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#666666"
+
+# The same group has the same colour and marker in every figure; other names take the spare ones in turn.
+GROUP_STYLES = {
+    "normal": (BLUE, "o"),
+    "later": (BLUE, "o"),
+    "several-token first": (GREEN, "s"),
+    "one-token first": (VERMILION, "D"),
+    "collapse": (VERMILION, "D"),
+    "hard": (VERMILION, "D"),
+    "mixed": (PURPLE, "v"),
+    "ROME": (PURPLE, "v"),
+    "prefixed": (SKY, "P"),
+    "C-ROME": (SKY, "P"),
+    "plain": (ORANGE, "X"),
+    "p-ROME": (ORANGE, "X"),
+}
+SPARE_STYLES = [(BLUE, "o"), (VERMILION, "D"), (GREEN, "s"), (PURPLE, "v"), (ORANGE, "P"), (SKY, "X"), (BLACK, "*")]
+
+
+def paper_style():
+    """The settings of the paper's figures, for a `with`: fonts of 7-8 points, no frame, fonts embedded as text."""
+    return mpl.rc_context(
+        {
+            "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same on every machine
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.labelsize": 8,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "legend.title_fontsize": 7,
+            "legend.frameon": False,
+            "legend.handlelength": 1.4,
+            "legend.handletextpad": 0.5,
+            "legend.columnspacing": 1.2,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.6,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 150,
+            "savefig.dpi": 300,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "nbkit",
+        }
+    )
+
+
+def group_styles(names: Iterable) -> dict:
+    """{group: (colour, marker)} of the groups that occur, known ones always alike."""
+    names = list(dict.fromkeys(names))
+    taken = {GROUP_STYLES[name][0] for name in names if name in GROUP_STYLES}
+    spare = [style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES
+    unknown = [name for name in names if name not in GROUP_STYLES]
+    extra = {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
+    return {name: GROUP_STYLES.get(name) or extra[name] for name in names}
+
+
+def columns(frame, *names: str) -> None:
+    """Raises ValueError for an empty frame or a missing column, saying which one and what is there."""
+    missing = [name for name in names if name not in frame]
+    if missing:
+        raise ValueError(f"the frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    if frame.empty:
+        raise ValueError("the frame has no rows to draw")
+
+
+def edge_of(values, ceiling: float | None = CEILING) -> float:
+    """Where values off the scale are drawn: the ceiling, or well above the largest value if that lies lower."""
+    values = np.asarray(values, float)
+    finite = values[np.isfinite(values)]
+    highest = finite.max() if len(finite) else 1.0
+    return float(ceiling) if ceiling is not None and highest > ceiling else float(highest) * 3
+
+
+def at_edge(values, edge: float) -> tuple[np.ndarray, np.ndarray]:
+    """The values with those above `edge`, infinite or NaN moved to it, and which those are."""
+    values = np.asarray(values, float)
+    over = ~(values <= edge)
+    return np.where(over, edge, values), over
+
+
+def edge_handle(n_over: int, n: int, edge: float, ceiling: float | None, marker: str = "^") -> Line2D:
+    """The legend entry that says how many of n values are drawn at the edge, and why."""
+    what = f"> {_power(edge)} or not finite" if edge == ceiling else "infinite or NaN"
+    return Line2D([], [], ls="none", marker=marker, mfc="none", mec=GREY, label=f"{what} ({n_over} of {n})")
+
+
+def mark_edge(ax: Axes, x, y, colour: str, marker: str = "^") -> None:
+    """Hollow triangles for values that are drawn at the edge."""
+    if len(x):  # an unclipped line without points would still take room in the layout
+        ax.plot(x, y, ls="none", marker=marker, mfc="none", mec=colour, ms=4.5, zorder=3, clip_on=False)
+
+
+def _power(value: float) -> str:
+    exponent = np.log10(value)
+    return f"$10^{{{exponent:.0f}}}$" if exponent == round(exponent) else f"{value:.3g}"
+
+
+def log_axis(axis: Axis) -> None:
+    """Makes an axis logarithmic, with numbers where its range is below two decades and powers of ten elsewhere.
+
+    Call it when all is drawn: matplotlib alone labels a short range with nothing, or with labels over each other.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = np.log10(axis.get_view_interval())
+    if high - low >= 2:
+        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_major_formatter(LogFormatterMathtext())
+        axis.set_minor_formatter(NullFormatter())
+        return
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high - low >= 0.6 else MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> None:
+    """A legend over the axes (and over its title of so many lines), where it hides no data."""
+    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
+    lift = ScaledTranslation(0, title_lines * 11 / 72, ax.figure.dpi_scale_trans)
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=ax.transAxes + lift,
+              ncols=ncols, borderaxespad=0.3)  # fmt: skip
+
+
+def shared_legend(fig: Figure, axes: Iterable[Axes], ncols: int = 4) -> None:
+    """One legend above the figure in place of those of its panels; entries of the same name are shown once."""
+    handles = {}
+    for ax in axes:
+        legend = ax.get_legend()
+        if legend is not None:
+            handles |= {h.get_label(): h for h in legend.legend_handles if h.get_label() not in handles}
+            legend.remove()
+    fig.legend(handles=list(handles.values()), loc="outside upper center", ncols=ncols)
+
+
+def label_panels(axes: Iterable[Axes]) -> None:
+    """(a), (b), (c) ... at the top left corner of the panels."""
+    for number, ax in enumerate(axes):
+        ax.set_title(f"({chr(ord('a') + number)})", loc="left", fontweight="bold")
+
+
+def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None = None) -> list[Path]:
+    """Writes name.pdf, name.png (300 dots an inch) and the caption as name.md; returns their paths.
+
+    The same figure gives the same bytes again: no dates or versions are written into the files.
+
+    Args:
+        caption: one or more sentences; say n and the seeds.
+        folder: `figures/` unless told otherwise; made if missing.
+
+    Raises ResultsError if the folder is full or cannot be written; a file of an earlier run then stays whole.
+    """
+    folder = paths.FIGURES if folder is None else Path(folder)
+    no_dates = {
+        "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
+        "png": {"Software": None},
+    }
+    files = {folder / f"{name}.md": caption.strip().encode() + b"\n"}
+    with paper_style():
+        for kind, metadata in no_dates.items():
+            drawn = io.BytesIO()
+            fig.savefig(drawn, format=kind, metadata=metadata)
+            files[folder / f"{name}.{kind}"] = drawn.getvalue()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            write_atomically(path, lambda file, content=content: file.write(content))
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write the figure {name} to {folder}: {error.strerror or error}. Free or unlock the folder, or set "
+            "NBKIT_FIGURES to another one"
+        ) from error
+    return sorted(files)
