@@ -1,0 +1,204 @@
+"""What an edit did: perplexity of fixed texts, and whether the edit is known, generalises and stays where it should.
+
+    perplexity(lm, texts)                        # of the model as it is
+    perplexity(lm, texts, edits=edits)           # an array, one value per edited model
+    reference = neighborhood_tokens(lm, requests)            # on the unedited model
+    with applied(lm, edit): edit_metrics(lm, [request], reference)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from nbkit.edits import Edit, applied
+from nbkit.errors import PromptError
+from nbkit.models import LanguageModel
+from nbkit.prompts import pad, target_ids, tokenize
+from nbkit.requests import EditRequest
+
+PerplexityKind = Literal["sentence_mean", "token"]
+
+
+def perplexity(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    edits: Sequence[Edit] | None = None,
+    kind: PerplexityKind = "sentence_mean",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> float | np.ndarray:
+    """Perplexity of `texts`; with `edits`, one value per edited model (the edits do not add up), the model unchanged afterwards.
+
+    "sentence_mean" is the papers' (A and B; papers.md §3.4): exp of each text's mean negative log-likelihood, then the arithmetic
+    mean over texts, so one long-winded failure weighs as much as a whole text. "token" is exp of the mean over all tokens.
+    In both no special token is added and a text's first token is not scored. Infinite and NaN values are returned as such.
+    PromptError for a text of fewer than two tokens or longer than the context.
+    """
+    if kind not in ("sentence_mean", "token"):
+        raise ValueError(f"kind must be 'sentence_mean' or 'token', not {kind!r}")
+    rows = tokenize(lm, texts, add_special_tokens=False)
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) < 2:
+            raise PromptError(f"perplexity needs at least two tokens, and {text!r} has {len(row)}")
+    if edits is None:
+        return _perplexity(lm, rows, kind, batch_size)
+    values = np.empty(len(edits))
+    for index, edit in enumerate(tqdm(edits, desc="perplexity", disable=not progress)):
+        with applied(lm, edit):
+            values[index] = _perplexity(lm, rows, kind, batch_size)
+    return values
+
+
+def _perplexity(lm: LanguageModel, rows: list[list[int]], kind: PerplexityKind, batch_size: int) -> float:
+    nll = np.array([_sum_nll(scores) for scores in _token_scores(lm, rows, [1] * len(rows), batch_size)])
+    lengths = np.array([len(row) - 1 for row in rows])
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll / lengths).mean() if kind == "sentence_mean" else np.exp(nll.sum() / lengths.sum()))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of the scored tokens of one row: log-probability of each, and the token the model would have chosen."""
+
+    log_probabilities: np.ndarray
+    choices: tuple[int, ...]
+
+
+def _sum_nll(scores: _Scores) -> float:
+    return -float(scores.log_probabilities.sum())
+
+
+@torch.no_grad()
+def _token_scores(lm: LanguageModel, rows: list[list[int]], firsts: list[int], batch_size: int) -> list[_Scores]:
+    """Score each row's tokens from index `firsts` on, given those before. Rows of like length share a batch."""
+    results: dict[int, _Scores] = {}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad(lm, [rows[index] for index in chosen])
+        first = torch.tensor([firsts[index] for index in chosen], device=lm.device)
+        columns = torch.arange(batch.shape[1], device=lm.device)
+        scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)  # the position before each token
+        logits = lm.logits(batch, keep=scored).float()  # (scored, vocabulary)
+        targets = batch.input_ids.roll(-1, dims=1)[scored]
+        log_probabilities = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double().cpu().numpy()
+        choices, counts = logits.argmax(-1).cpu().numpy(), scored.sum(1).cumsum(0).cpu().numpy()[:-1]
+        for index, values, tokens in zip(chosen, np.split(log_probabilities, counts), np.split(choices, counts), strict=True):
+            results[index] = _Scores(values, tuple(tokens.tolist()))
+    return [results[index] for index in range(len(rows))]
+
+
+def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64) -> pd.DataFrame:
+    """How each target continues its prompt, teacher-forced: one row a pair, in order.
+
+    Columns: `nll`, the mean negative log-likelihood of the target's tokens; `probability`, of the whole target; `correct`,
+    whether every token of the target is the model's first choice; `choices`, the tuple of those first choices.
+    """
+    contexts = tokenize(lm, prompts)
+    ids = [target_ids(lm, target) for target in targets]
+    rows = [context + target for context, target in zip(contexts, ids, strict=True)]
+    scores = _token_scores(lm, rows, [len(context) for context in contexts], batch_size)
+    return pd.DataFrame(
+        {
+            "nll": [_sum_nll(score) / len(target) for score, target in zip(scores, ids, strict=True)],
+            "probability": [float(np.exp(-_sum_nll(score))) for score in scores],
+            "correct": [score.choices == tuple(target) for score, target in zip(scores, ids, strict=True)],
+            "choices": [score.choices for score in scores],
+        }
+    )
+
+
+def neighborhood_tokens(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[EditRequest, list[tuple[int, ...]]]:
+    """The model's own first choices on every neighbourhood prompt, teacher-forced on its answer: what locality compares with.
+
+    Call it on the unedited model.
+    """
+    pairs = [pair for request in requests for pair in _neighbors(request)]
+    if not pairs:
+        return {request: [] for request in requests}
+    choices = iter(score_targets(lm, *zip(*pairs, strict=True))["choices"])
+    return {request: [next(choices) for _ in _neighbors(request)] for request in requests}
+
+
+def edit_metrics(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    reference: Mapping[EditRequest, Sequence[tuple[int, ...]]] | None = None,
+    prefix: str = "{}",
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
+
+    CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true one, by mean
+    negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer likelier than the new target on
+    neighbouring subjects. Their argmax forms ask whether the expected target is the model's first choice.
+    EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first choices, teacher-forced, on the prompt
+    and the paraphrases; `locality`: share of the first choices on neighbours that are those of `reference`
+    (`neighborhood_tokens` of the unedited model). `target_probability` is that of the whole new target on the prompt.
+    NaN where a request has nothing to measure it by. `prefix`, a template with one {}, goes before the rewrite prompt only, as in
+    The Fall of ROME (papers.md §3.3).
+    """
+    asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
+    for index, request in enumerate(requests):
+        roles = [("prompt", prefix.replace("{}", request.text))] + [("paraphrase", text) for text in request.paraphrase_prompts]
+        for role, text in roles:
+            asked.append((index, role, text, request.target_new))
+            if request.target_true is not None:
+                asked.append((index, role + " true", text, request.target_true))
+        for text, answer in _neighbors(request):
+            asked += [(index, "neighbor", text, answer), (index, "neighbor new", text, request.target_new)]
+    if not asked:
+        return pd.DataFrame()
+    _, _, prompts, targets = zip(*asked, strict=True)
+    scores = score_targets(lm, prompts, targets, batch_size)
+    scores["request"], scores["role"] = [row[0] for row in asked], [row[1] for row in asked]
+    scores["share"] = [
+        np.mean(np.equal(choices, target_ids(lm, target))) for choices, target in zip(scores["choices"], targets, strict=True)
+    ]
+    by_request = dict(list(scores.groupby("request")))
+    rows = []
+    for index, request in enumerate(requests):
+        part = {role: group.reset_index(drop=True) for role, group in by_request[index].groupby("role")}
+        old = None if reference is None else reference[request]
+        rows.append({"case_id": request.case_id} | _metrics(part, old))
+    return pd.DataFrame(rows)
+
+
+def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]] | None) -> dict[str, float]:
+    def likelier(role: str, than: str) -> float:
+        if role not in part or than not in part:
+            return np.nan
+        return _share(part[role]["nll"].to_numpy(), part[than]["nll"].to_numpy())
+
+    def mean(role: str, column: str) -> float:
+        return float(part[role][column].mean()) if role in part else np.nan
+
+    locality = np.nan
+    if reference is not None and "neighbor" in part:
+        locality = float(np.mean([np.mean(np.equal(*pair)) for pair in zip(part["neighbor"]["choices"], reference, strict=True)]))
+    return {
+        "efficacy": likelier("prompt", "prompt true"),
+        "efficacy_argmax": mean("prompt", "correct"),
+        "target_probability": mean("prompt", "probability"),
+        "paraphrase": likelier("paraphrase", "paraphrase true"),
+        "paraphrase_argmax": mean("paraphrase", "correct"),
+        "neighborhood": likelier("neighbor", "neighbor new"),
+        "neighborhood_argmax": mean("neighbor", "correct"),
+        "reliability": mean("prompt", "share"),
+        "generalization": mean("paraphrase", "share"),
+        "locality": locality,
+    }
+
+
+def _share(nll: np.ndarray, other: np.ndarray) -> float:
+    """Share of pairs in which the first is likelier; a model that answers NaN knows nothing, so such a pair counts as not."""
+    return float(np.mean(nll < other))
+
+
+def _neighbors(request: EditRequest) -> list[tuple[str, str]]:
+    return list(zip(request.neighborhood_prompts, request.neighborhood_targets, strict=True))

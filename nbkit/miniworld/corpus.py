@@ -1,0 +1,24 @@
+"""The training text: lines of facts, filler, look-ups and tasks, mixed by share; held-out prompts never occur in it."""
+
+from collections.abc import Iterator
+from random import Random
+
+from nbkit.miniworld.tasks import KINDS, TaskWriter, training_line
+from nbkit.miniworld.text import Writer
+from nbkit.miniworld.world import World
+
+SHARES = {"facts": 0.55, "story": 0.10, "copy": 0.08, "task": 0.27}
+
+
+def lines(world: World, seed: int, held_out: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Endless training lines. A line, or a task item whose prompt, is in `held_out` is drawn again."""
+    rng = Random(seed)
+    writer, tasks = Writer(world, rng), TaskWriter(world, rng, held_out=False)
+    makers = {"facts": writer.fact_line, "story": writer.story_line, "copy": writer.copy_line}
+    kinds, weights = list(SHARES), list(SHARES.values())
+    while True:
+        kind = rng.choices(kinds, weights)[0]
+        item = None if kind in makers else KINDS[rng.choice(list(KINDS))](tasks)
+        line = makers[kind]() if item is None else training_line(item)
+        if (line if item is None else item["prompt"]) not in held_out:
+            yield line

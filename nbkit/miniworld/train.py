@@ -1,0 +1,177 @@
+"""Trains miniworld-gpt2: a GPT-2-architecture model whose first position behaves as it does in large models.
+
+Large models read long windows cut out of running text, so the token at position 0 says little about what follows, and the
+position becomes a resting place for attention with a key of its own. Short windows of a small world do not do that by
+themselves; here most windows open with a random token, and the text holds much that must be looked up (`text.py`). The rest open
+as prompts do, at the start of a line. That is the whole treatment: the editing code knows nothing of it.
+
+Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of the text from
+seed + k. Weights and optimiser states are kept as safetensors.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from nbkit.miniworld.corpus import lines
+from nbkit.miniworld.world import World
+
+
+@dataclass(frozen=True)
+class Recipe:
+    n_layers: int = 10
+    d_model: int = 128
+    n_heads: int = 4
+    window: int = 256  # tokens
+    batch: int = 12  # windows a step
+    n_steps: int = 10_000
+    warmup: int = 200  # steps
+    decay: float = 0.25  # share of the steps, at the end, over which the learning rate falls to zero
+    matrix_lr: float = 4e-3  # Muon, scaled to the size of an AdamW step
+    vector_lr: float = 3e-3  # AdamW: embeddings, norms, biases
+    weight_decay: float = 0.1
+    random_first: float = 0.75  # share of windows at a random offset whose first token is replaced by a random one
+    line_start: float = 0.20  # share of windows that open as a prompt does; half of these with a one-token subject
+    shard_lines: int = 100_000
+    shard_steps: int = 700  # steps on one shard of text before the next is written
+    seed: int = 0
+
+
+class Shard:
+    """Encoded training lines, and windows cut out of them."""
+
+    def __init__(self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], number: int):
+        written = [line + "\n" for _, line in zip(range(recipe.shard_lines), lines(world, recipe.seed + 1000 + number, held_out))]
+        encoded = tokenizer(written)["input_ids"]
+        self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+        starts = np.cumsum([0, *map(len, encoded[:-1])])
+        starts = starts[starts < len(self.ids) - recipe.window]
+        subject_ids = [tokenizer(name)["input_ids"][0] for name in world.single_token_names]
+        self.line_starts, self.subject_starts = starts, starts[np.isin(self.ids[starts], subject_ids)]
+        self.recipe, self.vocabulary = recipe, len(tokenizer)
+
+    def windows(self, step: int) -> torch.Tensor:
+        """(batch, window) token ids of one training step."""
+        recipe, rng = self.recipe, np.random.default_rng([self.recipe.seed, step])
+        kind = rng.random(recipe.batch)
+        offsets = rng.integers(0, len(self.ids) - recipe.window, recipe.batch)
+        subject_first = kind < recipe.line_start / 2
+        line_first = (kind < recipe.line_start) & ~subject_first
+        offsets[subject_first] = rng.choice(self.subject_starts, subject_first.sum())
+        offsets[line_first] = rng.choice(self.line_starts, line_first.sum())
+        windows = self.ids[offsets[:, None] + np.arange(recipe.window)]
+        noisy = kind > 1 - recipe.random_first
+        windows[noisy, 0] = rng.integers(0, self.vocabulary, noisy.sum())
+        return torch.from_numpy(windows)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    torch.manual_seed(recipe.seed)  # transformers initialises weights from torch's global generator only
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=recipe.window, n_embd=recipe.d_model, n_layer=recipe.n_layers,
+        n_head=recipe.n_heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def build_optimizers(recipe: Recipe, model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices inside the blocks, AdamW for everything else."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".h." in name]
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=recipe.vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def schedule(recipe: Recipe, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero."""
+    decay_steps = recipe.decay * recipe.n_steps
+    return min(1.0, (step + 1) / recipe.warmup, (recipe.n_steps - step) / decay_steps)
+
+
+def loss_of(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(windows.device.type, dtype=torch.bfloat16):
+        hidden = model.transformer(windows, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def save_checkpoint(folder: Path, step: int, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Writes beside the last checkpoint first, then replaces it, so that a kill at any moment leaves one that is whole."""
+    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    partial = folder / "checkpoint.partial"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"step": str(step)})
+    partial.replace(folder / "checkpoint.safetensors")
+
+
+def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Restores weights and optimiser states in place and returns the number of steps done, 0 without a checkpoint."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"model.{name}"])
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{number}."):
+                index, name = key.split(".", 3)[2:]
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return int(tensors["optimizer.1.0.step"])
+
+
+def train(recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], folder: Path) -> GPT2LMHeadModel:
+    """Trains, or goes on training, the model of a recipe; writes checkpoints and `training_log.jsonl` to `folder`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model(recipe, tokenizer).to(device)
+    optimizers = build_optimizers(recipe, model)
+    done = load_checkpoint(folder, model, optimizers)
+    shard, losses, started = None, [], time.perf_counter()
+    bar = tqdm(range(done, recipe.n_steps), initial=done, total=recipe.n_steps, desc="miniworld-gpt2", mininterval=5)
+    for step in bar:
+        if shard is None or step % recipe.shard_steps == 0:
+            shard = Shard(recipe, world, tokenizer, held_out, step // recipe.shard_steps)
+        for optimizer, peak in zip(optimizers, (recipe.matrix_lr, recipe.vector_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * schedule(recipe, step)
+        loss = loss_of(model, shard.windows(step).to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            record = {"step": step + 1, "tokens": (step + 1) * recipe.batch * recipe.window, "loss": round(mean, 4),
+                      "seconds": round(time.perf_counter() - started, 1), "device": device}  # fmt: skip
+            with (folder / "training_log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            bar.set_postfix(loss=f"{mean:.3f}")
+        if (step + 1) % 500 == 0 or step + 1 == recipe.n_steps:
+            save_checkpoint(folder, step + 1, model, optimizers)
+    return model
+
+
+def ship(recipe: Recipe, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the model as float16 safetensors with its tokenizer and recipe: a folder that `nbkit.load` reads."""
+    model.cpu().half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
