@@ -1,0 +1,43 @@
+# Every target prepares .venv first; `make` alone lists them.
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+RUN    := $(VENV)/bin/python
+# the first Python that is new enough, python3 if it can be; `make test PYTHON=...` takes another
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab miniworld clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+figures: $(STAMP) ## run every notebook on the embedded model; writes figures/ and runs/
+	$(RUN) -m nbkit figures
+
+test: $(STAMP) ## lint, then run the tests
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+miniworld: $(STAMP) ## train the embedded model anew (resumes an interrupted training)
+	$(RUN) -m nbkit.miniworld
+
+clean: ## remove .venv and caches; keeps runs/, figures/ and data/
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find nbkit tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is younger than what it was made from exactly when there is nothing to do.
+$(STAMP): pyproject.toml nbkit/_install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "nbkit needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11"; exit 1; } >&2
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu the package python3-venv holds it."; exit 1; } >&2
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(VENV) holds an older Python: run 'make clean' first."; exit 1; } >&2
+	$(RUN) -I nbkit/_install.py dev
+	@touch $@

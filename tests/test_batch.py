@@ -1,0 +1,223 @@
+"""Strict notebook runs: what is refused, what is executed, how a failure is told. Fixtures: tests/notebooks/."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from nbkit.batch import copy_name, run_all, run_notebook
+from nbkit.errors import NotebookError, ParameterError, ResultsError
+from nbkit.parameters import checked, convert, declared
+
+FIXTURES = Path(__file__).parent / "notebooks"
+
+
+def notebook(name):
+    return FIXTURES / f"{name}.ipynb"
+
+
+def printed(path):
+    """The lines that an executed notebook printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.text for c in cells for o in c.get("outputs", []) if o.output_type == "stream").splitlines()
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def test_declared_reads_names_types_defaults_and_help():
+    parameters = declared(notebook("works"))
+    assert list(parameters) == ["count", "rate", "name", "flag", "seeds", "methods", "layer", "top", "plain"]
+    assert parameters["seeds"].kind == "list[int]"
+    assert parameters["seeds"].default == [0, 1]
+    assert parameters["rate"].help == "a share, 0 to 1"
+    assert parameters["name"].default == "ö, a's"
+    assert parameters["plain"].kind == "int"  # from the default
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("count", "7", 7),
+        ("count", "-7", -7),
+        ("rate", "1", 1.0),
+        ("rate", 1, 1.0),
+        ("rate", "1e-3", 1e-3),
+        ("name", "7", "7"),
+        ("name", "None", "None"),
+        ("flag", "true", True),
+        ("flag", "False", False),
+        ("seeds", "[3, 4]", [3, 4]),
+        ("seeds", "3,4", [3, 4]),
+        ("seeds", "5", [5]),
+        ("seeds", (1, 2), [1, 2]),
+        ("seeds", "[]", []),
+        ("methods", "rome, memit", ["rome", "memit"]),
+        ("methods", "['rome']", ["rome"]),
+        ("layer", "None", None),
+        ("layer", "3", 3),
+        ("top", None, None),
+        ("top", "2", 2),
+        ("plain", "4", 4),
+    ],
+)
+def test_a_value_is_read_as_the_declared_type(name, value, expected):
+    got = checked(notebook("works"), {name: value})[name]
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("count", "2.5"),
+        ("count", 2.5),
+        ("count", True),
+        ("count", "None"),
+        ("count", None),
+        ("count", "seven"),
+        ("rate", "half"),
+        ("rate", False),
+        ("name", 7),
+        ("flag", "1"),
+        ("flag", 1),
+        ("seeds", "[1, 'a']"),
+        ("seeds", "1,a"),
+        ("seeds", "[1, 2"),
+        ("seeds", 3),
+        ("methods", [1]),
+        ("plain", "4.5"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value):
+    with pytest.raises(ParameterError, match=f"parameter {name}: "):
+        checked(notebook("works"), {name: value})
+
+
+def test_convert_reads_dictionaries():
+    assert convert("{'a': 1}", "dict") == {"a": 1}
+    with pytest.raises(TypeError):
+        convert("[1]", "dict")
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones():
+    with pytest.raises(ParameterError, match="no parameter cuont") as error:
+        checked(notebook("works"), {"cuont": 3})
+    assert "count: int  # how many" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "there is no notebook"),
+        ("no_parameters", "has no cell tagged"),
+        ("two_parameter_cells", "has 2 cells tagged"),
+        ("unreadable_parameter", "cannot read parameter limit"),
+        ("wrong_default", "count"),
+    ],
+)
+def test_an_unusable_notebook_is_refused(name, message, tmp_path):
+    with pytest.raises(ParameterError, match=message):
+        run_notebook(notebook(name), {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[]", "{}", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5}'])
+def test_a_damaged_notebook_is_refused(text, tmp_path):
+    path = tmp_path / "damaged.ipynb"
+    path.write_text(text)
+    with pytest.raises(ParameterError, match="is not a notebook"):
+        declared(path)
+
+
+def test_files_that_parameters_name_must_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("[]")
+    path = notebook("needs_file")
+    assert checked(path, {}) == {}  # the default is found beside the notebook
+    assert checked(path, {"records": "mine.json"})["records"] == str(tmp_path / "mine.json")
+    assert checked(path, {"requests": "mine.json"})["requests"] == str(tmp_path / "mine.json")
+    assert checked(path, {"requests": "other-world"})["requests"] == "other-world"  # a name, not a file
+    for wrong in ({"records": "none.json"}, {"records": "."}, {"requests": "none.json"}, {"place": "nowhere"}):
+        with pytest.raises(ParameterError, match="there is no (file|folder)"):
+            checked(path, wrong)
+
+
+# --- execution --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_uses_this_python_and_the_given_values(tmp_path, monkeypatch):
+    # a kernel of the user's that would run something else under the name python3
+    spec = tmp_path / "jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    spec.joinpath("kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    given = {"count": "7", "seeds": "4,5", "layer": "None", "name": "it's {a} \"name\""}
+
+    copy = run_notebook(notebook("works"), given, tmp_path / "runs", progress=False)
+
+    assert copy.parent == tmp_path / "runs/works"
+    assert copy.name.startswith("works--count=7--name=it_s")
+    values, python, folder = printed(copy)
+    assert json.loads(values) == [7, 0.5, "it's {a} \"name\"", False, [4, 5], ["rome"], None, 5, 2]
+    assert python == sys.executable
+    assert Path(folder) == FIXTURES  # as in JupyterLab
+    assert sorted(p.name for p in copy.parent.iterdir()) == [copy.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "begins", "happened"),
+    [
+        ("fails", 4, "# a comment opens the cell", "ValueError: total is 8"),
+        ("kernel_dies", 3, "import os", "kernel died"),
+    ],
+)
+def test_a_failure_names_the_cell(name, number, begins, happened, tmp_path):
+    with pytest.raises(NotebookError) as error:
+        run_notebook(notebook(name), {"count": 7}, tmp_path, progress=False)
+    message = str(error.value)
+    assert f"{name}.ipynb, cell {number} failed" in message
+    assert begins in message
+    assert happened in message
+    left = tmp_path / name / f"{name}--count=7.failed.ipynb"
+    assert str(left) in message
+    assert [p.name for p in left.parent.iterdir()] == [left.name]  # nothing that looks like a complete run
+
+
+def test_refusals_come_before_anything_runs(tmp_path):
+    with pytest.raises(ParameterError):
+        run_notebook(notebook("fails"), {"count": "many"}, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultsError, match="cannot write"):
+        run_notebook(notebook("fails"), {}, tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ResultsError, match="cannot write"):
+        run_notebook(notebook("fails"), {}, tmp_path)
+
+
+def test_run_all_finishes_the_others(tmp_path):
+    paths = [notebook("fails"), notebook("no_parameters"), notebook("works")]
+    failures = run_all(paths, tmp_path, progress=False)
+    assert list(failures) == paths[:2]
+    assert isinstance(failures[paths[0]], NotebookError)
+    assert isinstance(failures[paths[1]], ParameterError)
+    assert (tmp_path / "works/works.ipynb").is_file()
+
+
+def test_copy_names_are_readable_and_never_shared():
+    assert copy_name("nb", {}) == "nb.ipynb"
+    assert copy_name("nb", {"n": 3, "seeds": [1, 2]}) == "nb--n=3--seeds=1,2.ipynb"
+    slash, space = copy_name("nb", {"model": "a/b"}), copy_name("nb", {"model": "a b"})
+    assert slash.startswith("nb--model=a_b--")
+    assert slash != space
+    long = [copy_name("nb", {"text": "x" * 300 + end}) for end in "ab"]
+    assert len(set(long)) == 2
+    assert max(map(len, long)) < 150

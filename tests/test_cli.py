@@ -1,0 +1,76 @@
+"""`python -m nbkit`: arguments, exit status and messages, in processes of their own as a shell would start them."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "notebooks"
+
+
+def nbkit(*arguments):
+    command = [sys.executable, "-m", "nbkit", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_run_prints_the_executed_copy(tmp_path):
+    result = nbkit("run", FIXTURES / "works.ipynb", "-p", "count", "7", "-p", "rate", "-1e-3", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    copy = Path(result.stdout.strip())
+    assert copy.is_file()
+    assert copy.name == "works--count=7--rate=-0.001.ipynb"
+
+
+def test_a_failing_notebook_fails_the_command_without_a_traceback(tmp_path):
+    result = nbkit("run", FIXTURES / "fails.ipynb", "--out", tmp_path)
+    assert result.returncode == 1
+    assert "fails.ipynb, cell 4 failed: ValueError: total is 4" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["works.ipynb", "-p", "cuont", "3"], 1, "no parameter cuont"),
+        (["works.ipynb", "-p", "count", "three"], 1, "'three' is no int"),
+        (["works.ipynb", "-p", "count"], 2, "has no value"),
+        (["works.ipynb", "-p", "count", "3", "-p", "count=4"], 2, "given twice"),
+        (["nowhere.ipynb"], 1, "there is no notebook"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, status, message, tmp_path):
+    result = nbkit("run", FIXTURES / arguments[0], *arguments[1:], "--out", tmp_path / "runs")
+    assert result.returncode == status
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_lets_the_notebook_clean_up(tmp_path):
+    note = tmp_path / "note"  # the notebook interrupts the command and writes this file on its way out
+    result = nbkit("run", FIXTURES / "interrupted.ipynb", "-p", "note", note, "--out", tmp_path)
+    assert result.returncode == 130
+    assert "interrupted" in result.stderr
+    assert note.read_text() == "cleaned up"
+    assert not [p for p in tmp_path.rglob("*.ipynb") if ".partial" not in p.name]
+
+
+def test_figures_runs_all_and_lists_what_failed(tmp_path):
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    for name in ("fails", "works"):
+        shutil.copy(FIXTURES / f"{name}.ipynb", notebooks)
+    result = nbkit("figures", "--notebooks", notebooks, "--out", tmp_path / "runs")
+    assert result.returncode == 1
+    assert "1 of 2 notebooks failed: fails.ipynb" in result.stderr
+    assert "cell 4 failed" in result.stderr
+    assert (tmp_path / "runs/works/works.ipynb").is_file()
+
+
+def test_figures_without_notebooks_is_an_error(tmp_path):
+    result = nbkit("figures", "--notebooks", tmp_path)
+    assert result.returncode == 1
+    assert "no notebooks" in result.stderr
