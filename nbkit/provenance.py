@@ -18,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import nbkit
 from nbkit import paths
 
 # Modules that draw, store or start things but determine no number; a change in them leaves stored results valid.
 NOT_DETERMINING = {
-    "__init__", "__main__", "_install", "batch", "correlation", "errors", "files", "miniworld", "panels", "paths",
-    "plots", "provenance", "results",
+    "__init__", "__main__", "_install", "batch", "correlation", "errors", "files", "miniworld", "panels", "parameters",
+    "paths", "plots", "provenance", "results",
 }  # fmt: skip
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "lm_eval")
 
@@ -142,7 +143,7 @@ def provenance(lm=None, **more) -> dict[str, Any]:
     for name, value in more.items():
         columns[name] = canonical(value) if isinstance(value, (dict, list, tuple)) else plain(value)
     columns |= {
-        "nbkit_version": _version("nbkit"),
+        "nbkit_version": nbkit.__version__,
         "code_version": code_version(),
         "git_commit": git_commit(),
         "libraries": library_versions(),

@@ -9,6 +9,7 @@ finished units are written to a new `part-*.parquet`, under a temporary name fir
 whole files only, and several processes can add to one study. Needs no torch.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -170,15 +171,34 @@ class Study:
         rows = [row for unit in units for row in present[unit]]
         return pa.Table.from_pylist(rows, schema=self._schema).to_pandas()
 
-    def complete(self, units: Iterable[str], compute: Callable[[str], list[dict]], label: str = "") -> pd.DataFrame:
-        """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all."""
+    def complete(
+        self,
+        units: Iterable[str],
+        compute: Callable[[str], Iterable[dict]],
+        label: str = "",
+        steps: int = 1,
+    ) -> pd.DataFrame:
+        """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all.
+
+        Args:
+            units: their order is that of the rows returned.
+            compute: gives a unit's rows, as a list or one by one (a generator, which is closed after an exception).
+            label: what the progress bar says.
+            steps: how many rows of a unit the bar counts.
+        """
         units = list(units)
         pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
         if pending or self._unsaved:
-            with self, tqdm(total=len(units), initial=len(units) - len(pending), desc=label, unit="unit") as bar:
+            n_done = len(set(units)) - len(pending)
+            with self, tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label) as bar:
                 for unit in pending:
-                    self.add(unit, compute(unit))
-                    bar.update()
+                    end, rows, produced = bar.n + steps, [], compute(unit)
+                    with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
+                        for row in produced:
+                            rows.append(row)
+                            bar.update(min(1, end - bar.n))
+                    self.add(unit, rows)
+                    bar.update(end - bar.n)
         return self.frame(units)
 
     def __enter__(self) -> Self:

@@ -1,0 +1,68 @@
+"""Similarities, norms and maps of keys: equal to their formulae on a tiny random model."""
+
+import numpy as np
+import pytest
+import torch
+
+from nbkit import geometry
+from nbkit.keys import keys, token_keys
+
+TEMPLATES = ["{}", "The river runs. {}", "I. {}"]
+
+
+def test_similarity_and_norm_of_every_key(tiny, requests):
+    frame = geometry.key_geometry(tiny, requests, 1, TEMPLATES)
+    found = keys(tiny, requests, 1, TEMPLATES)
+    assert len(frame) == 9 and frame["prefix"].tolist() == ["plain", "prefixed", "prefixed"] * 3
+    np.testing.assert_allclose(frame["norm"], found.norm(dim=-1).flatten())
+    expected = torch.cosine_similarity(found, found[:, :1], dim=-1).flatten()
+    np.testing.assert_allclose(frame["similarity"], expected, rtol=1e-9)
+    assert frame["case_id"].tolist() == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
+
+
+def test_key_vectors(tiny, requests):
+    vectors = geometry.key_vectors(tiny, requests, 1, TEMPLATES)
+    assert set(vectors) == {geometry.PLAIN, geometry.MEAN}
+    random = torch.randn(tiny.d_mlp, tiny.d_mlp, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moment = random @ random.T + torch.eye(tiny.d_mlp)
+    solved = geometry.key_vectors(tiny, requests, 1, TEMPLATES, second_moment=moment)[geometry.SOLVED]
+    np.testing.assert_allclose(solved @ moment.numpy(), vectors[geometry.MEAN], rtol=1e-8)
+
+
+def test_pca_keeps_distances_in_the_plane_and_says_its_variance():
+    vectors = {"a": np.array([[0.0, 0, 0], [3, 0, 0], [0, 4, 0]]), "b": np.array([[1.0, 1, 0], [2, 2, 0], [0, 1, 0]])}
+    frame = geometry.embed(vectors, ["x", "y", "x"], method="PCA")
+    assert frame["vector"].tolist() == ["a"] * 3 + ["b"] * 3 and frame["group"].tolist() == ["x", "y", "x"] * 2
+    first, second = frame[["x", "y"]].to_numpy()[1:3]
+    assert np.linalg.norm(first - second) == pytest.approx(5)
+    assert sum(frame.attrs["variance"]) == pytest.approx(1)
+    of_units = geometry.embed({"a": vectors["a"][1:], "b": vectors["b"][:2]}, ["x", "y"], method="PCA", unit=True)
+    assert np.linalg.norm(of_units[["x", "y"]].diff().to_numpy()[1]) == pytest.approx(np.sqrt(2))
+
+
+def test_tsne_separates_clusters_and_repeats_itself():
+    random = np.random.default_rng(0)
+    vectors = {"k": np.concatenate([random.normal(0, 0.1, (20, 5)), random.normal(9, 0.1, (20, 5))])}
+    groups = ["near"] * 20 + ["far"] * 20
+    frame, again = (geometry.embed(vectors, groups) for _ in range(2))
+    assert frame.equals(again)
+    middles = frame.groupby("group")[["x", "y"]].mean()
+    spread = frame.groupby("group")[["x", "y"]].std().to_numpy().max()
+    assert np.linalg.norm(middles.loc["near"] - middles.loc["far"]) > 2 * spread
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="UMAP"):
+        geometry.embed({"k": np.eye(4)}, ["a"] * 4, method="UMAP")
+    with pytest.raises(ValueError, match="3 groups do not fit 4"):
+        geometry.embed({"k": np.eye(4)}, ["a"] * 3)
+
+
+def test_similarity_by_position(tiny):
+    texts = ["Vouda is located in Krela.", "Ann plays the harp.", "I."]
+    frame = geometry.position_similarity(tiny, texts, [0, 2], n_positions=4)
+    first, second, third = token_keys(tiny, texts, 2)
+    of_layer = frame[frame["layer"] == 2]
+    assert of_layer["position"].tolist() == [0, 1, 2, 3, *range(min(4, len(third)))]
+    expected = torch.cosine_similarity(first[:4], second[:4], dim=-1)
+    np.testing.assert_allclose(of_layer["similarity"][:4], expected, rtol=1e-9)
