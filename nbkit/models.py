@@ -33,15 +33,17 @@ class Architecture:
 
     `transposed`: the projection is a `Conv1D`, its weight (d_in, d_out); otherwise a `Linear`, (d_out, d_in).
     `adds_bos`: the family's tokenizer puts a token before the text, so a subject is never at position 0.
+    `float64`: False where transformers' attention makes NaN of a float64 model's padding (its softmax is in float32,
+    where the mask's most negative float64 number is -inf).
     """
 
     block: str
     projection: str  # the MLP's output projection
     attention: str
     final_norm: str
-    head: str = "lm_head"
     transposed: bool = False
     adds_bos: bool = False
+    float64: bool = True
 
     def projection_path(self, layer: int) -> str:
         return f"{self.block.format(layer=layer)}.{self.projection}"
@@ -50,25 +52,21 @@ class Architecture:
         return f"{self.block.format(layer=layer)}.{self.attention}"
 
 
-def _llama_like(adds_bos: bool, prefix: str = "model") -> Architecture:
-    return Architecture(
-        prefix + ".layers.{layer}", "mlp.down_proj", "self_attn", final_norm=prefix + ".norm", adds_bos=adds_bos
-    )
+def _llama_like(prefix: str = "model", **habits: bool) -> Architecture:
+    return Architecture(prefix + ".layers.{layer}", "mlp.down_proj", "self_attn", prefix + ".norm", **habits)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("transformer.h.{layer}", "mlp.c_proj", "attn", "transformer.ln_f", transposed=True),
     "gptj": Architecture("transformer.h.{layer}", "mlp.fc_out", "attn", "transformer.ln_f"),
-    "gpt_neox": Architecture(
-        "gpt_neox.layers.{layer}", "mlp.dense_4h_to_h", "attention", "gpt_neox.final_layer_norm", head="embed_out"
-    ),
+    "gpt_neox": Architecture("gpt_neox.layers.{layer}", "mlp.dense_4h_to_h", "attention", "gpt_neox.final_layer_norm"),
     "llama": _llama_like(adds_bos=True),
     "mistral": _llama_like(adds_bos=True),
     "qwen2": _llama_like(adds_bos=False),
     "qwen3": _llama_like(adds_bos=False),
-    "gemma2": _llama_like(adds_bos=True),
+    "gemma2": _llama_like(adds_bos=True, float64=False),
     "gemma3_text": _llama_like(adds_bos=True),
-    "gemma3": _llama_like(adds_bos=True, prefix="model.language_model"),  # the image-and-text checkpoints
+    "gemma3": _llama_like("model.language_model", adds_bos=True),  # the image-and-text checkpoints
     "phi": Architecture("model.layers.{layer}", "mlp.fc2", "self_attn", "model.final_layernorm"),
     "opt": Architecture(
         "model.decoder.layers.{layer}", "fc2", "self_attn", "model.decoder.final_layer_norm", adds_bos=True
@@ -93,6 +91,8 @@ class LanguageModel:
         architecture = architecture_of(model.config, name)
         if not tokenizer.is_fast:
             raise ModelError(f"{name}: its tokenizer is not a fast one, which finding the subject's tokens needs")
+        if model.dtype == torch.float64 and not architecture.float64:
+            raise ModelError(f"{name}: {model.config.model_type} models cannot be run in float64; use float32")
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ModelError(f"{name}: its tokenizer has neither a padding nor an end-of-text token")

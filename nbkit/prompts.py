@@ -118,12 +118,11 @@ def target_ids(lm: LanguageModel, target: str) -> list[int]:
 
     Tokenised behind a letter and cut off again, because some tokenizers put a mark of their own at a text's start.
     """
+    if not target.strip():
+        raise PromptError("the target is empty")
     encoding = lm.tokenizer("x " + target.lstrip(), return_offsets_mapping=True, add_special_tokens=False)
     pairs = zip(encoding.input_ids, encoding.offset_mapping, strict=True)
-    ids = [token for token, (_start, end) in pairs if end > 1]
-    if not ids:
-        raise PromptError(f"the target {target!r} has no tokens")
-    return ids
+    return [token for token, (_start, end) in pairs if end > 1]
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | None
 
 @dataclass(frozen=True)
 class Method:
-    """`run(lm, requests, context_templates, second_moments, parameters, progress) -> list[Edit]`, and its parameters."""
+    """`run(lm, requests, context_templates, second_moments, parameters, progress) -> list[Edit]`, and its settings."""
 
     run: Callable[..., list[Edit]]
     parameters: type
