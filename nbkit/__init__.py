@@ -12,6 +12,7 @@ plots) never imports torch.
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 __version__ = "0.1.0"
 
@@ -35,18 +36,13 @@ _NAMES = {
     "run_notebook": "batch",
     "NbkitError": "errors",
 }
-_MODULES = {
-    "batch", "edits", "errors", "hooks", "keys", "methods", "metrics", "miniworld", "models", "moments", "paths",
-    "plots", "prompts", "replay", "requests", "results", "studies", "tasks",
-}  # fmt: skip
-
 __all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name):
     if name in _NAMES:
         value = getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
-    elif name in _MODULES:
+    elif name in _modules():
         value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -55,4 +51,8 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *_NAMES, *_MODULES})
+    return sorted({*globals(), *_NAMES, *_modules()})
+
+
+def _modules():
+    return {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}

@@ -59,15 +59,24 @@ def test_import_is_quick_and_without_torch():
     assert heavy == "0"
 
 
-@pytest.mark.parametrize("module", ["errors", "paths", "parameters", "requests", "results", "plots", "batch"])
-def test_these_modules_never_import_torch(module):
-    assert python(f"import sys, nbkit.{module}; print('torch' in sys.modules)") == "False"
+def test_what_needs_no_model_never_imports_torch():
+    modules = ["errors", "paths", "parameters", "requests", "results", "plots", "batch"]
+    code = "import sys; from importlib import import_module as load\n" + "\n".join(
+        f"load('nbkit.{module}'); assert 'torch' not in sys.modules, '{module} imports torch'" for module in modules
+    )
+    python(code)
 
 
 @pytest.mark.parametrize("name", nbkit.__all__)
 def test_every_public_name_resolves(name):
     assert name in dir(nbkit)
     assert getattr(nbkit, name) is not None
+
+
+def test_modules_need_no_import_of_their_own():
+    assert python("import nbkit; print(nbkit.results.__name__, 'plots' in dir(nbkit), '_install' in dir(nbkit))") == (
+        "nbkit.results True False"
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error():
