@@ -88,6 +88,8 @@ def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=N
         failure = describe(path, partial, f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
     except DeadKernelError:
         failure = describe(path, partial, "the kernel died (out of memory, or killed)")
+    except RuntimeError as error:  # what jupyter_client raises for a kernel that does not come up
+        failure = describe(path, partial, f"the kernel did not start: {error}")
     except OSError as error:
         raise ResultsError(f"{partial} could not be written: {error}") from error
     if failure is not None:
@@ -152,6 +154,9 @@ def describe(path, executed, what) -> str:
     added = ("injected-parameters", "papermill-error-cell-tag")
     cells = nbformat.read(executed, as_version=4).cells
     own = [c for c in cells if not set(added) & set(c.metadata.get("tags", []))]
-    number, cell = max((n, c) for n, c in enumerate(own, 1) if c.metadata.get("papermill", {}).get("start_time"))
+    started = [(n, c) for n, c in enumerate(own, 1) if c.metadata.get("papermill", {}).get("start_time")]
+    if not started:
+        return f"{path.name}: {what}"
+    number, cell = started[-1]
     begins = next((line for line in cell.source.splitlines() if line.strip()), "")
     return f"{path.name}, cell {number} failed: {what}\n  the cell begins: {begins}"

@@ -1,5 +1,6 @@
 """Strict notebook runs: what is refused, what is executed, how a failure is told. Fixtures: tests/notebooks/."""
 
+import errno
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from nbkit import batch
 from nbkit.batch import copy_name, run_all, run_notebook
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 from nbkit.parameters import checked, convert, declared
@@ -201,6 +203,22 @@ def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ResultsError, match="cannot write"):
         run_notebook(notebook("fails"), {}, tmp_path)
+
+
+def test_a_kernel_that_does_not_start_is_a_failure(tmp_path, monkeypatch):
+    command = {"argv": [sys.executable, "-c", "raise SystemExit(3)"], "display_name": "x", "language": "python"}
+    monkeypatch.setattr(batch, "get_kernel_dict", lambda: command)
+    with pytest.raises(NotebookError, match="works.ipynb: the kernel did not start"):
+        run_notebook(notebook("works"), {}, tmp_path, progress=False)
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(batch.papermill, "execute_notebook", full)
+    with pytest.raises(ResultsError, match="could not be written: .*No space left"):
+        run_notebook(notebook("works"), {}, tmp_path)
 
 
 def test_run_all_finishes_the_others(tmp_path):
