@@ -1,6 +1,7 @@
 """ROME: equal to its plain formula on every architecture, and to the published implementation's numbers."""
 
 import json
+import tomllib
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from nbkit.errors import MethodError, ModelError, PromptError, RequestError
 from nbkit.keys import in_contexts, keys_and_values
 from nbkit.methods import METHODS, edit, edit_sequence, hyper_parameters
 from nbkit.models import load
+from nbkit.moments import SecondMoments
+from nbkit.prompts import context_templates
 from nbkit.requests import EditRequest
 
 LAYER = 1
@@ -166,8 +169,6 @@ def test_many_requests_give_the_same_as_each_alone(tiny, requests, contexts, bit
 
 
 def test_templates_are_sampled_with_seed_0_when_none_are_given(tiny, requests, bits):
-    from nbkit.prompts import context_templates
-
     (default,) = edit(tiny, requests[0], **SHORT)
     (given,) = edit(tiny, requests[0], context_templates=context_templates(tiny, seed=0), **SHORT)
     assert default.info["n_templates"] == 21
@@ -278,6 +279,16 @@ def test_a_prompt_beyond_the_context_names_its_request(tiny, contexts, bits):
         edit(tiny, long_target, context_templates=contexts, **SHORT)
 
 
+def test_a_second_moment_is_factored_once_for_many_calls(tiny, requests, contexts, monkeypatch):
+    C = random_second_moment(tiny.d_mlp)
+    moments = SecondMoments(C, tiny)
+    (given,) = edit(tiny, requests[0], context_templates=contexts, second_moment=C, **SHORT)
+    (shared,) = edit(tiny, requests[0], context_templates=contexts, second_moment=moments, **SHORT)
+    assert torch.equal(given.info["u"], shared.info["u"])
+    monkeypatch.setattr("nbkit.moments.factor", lambda _matrix: pytest.fail("factored again"))
+    edit(tiny, requests[1], context_templates=contexts, second_moment=moments, **SHORT)
+
+
 def test_a_second_moment_of_another_model(tiny, requests, contexts):
     with pytest.raises(MethodError, match=r"must be \(48, 48\)"):
         edit(tiny, requests[0], context_templates=contexts, second_moment=torch.eye(7), **SHORT)
@@ -306,8 +317,6 @@ def test_defaults_follow_the_model_family(tiny, monkeypatch, name, expected):
 
 
 def test_every_method_has_its_table():
-    import tomllib
-
     tables = tomllib.loads(methods.HPARAMS.read_text())
     assert set(tables) == set(METHODS)
 
@@ -335,7 +344,7 @@ def test_a_sequence_edits_the_edited_model(tiny, requests, contexts, bits):
     assert torch.equal(weight, clean)
 
 
-@pytest.mark.parametrize("how", ["break", "raise", "close", "fail"])
+@pytest.mark.parametrize("how", ["break", "raise", "unnamed", "close", "fail"])
 def test_a_sequence_that_ends_early_restores(tiny, requests, contexts, how, bits):
     clean = tiny.weight(LAYER).clone()
     if how == "fail":  # the second request cannot be edited
@@ -350,6 +359,10 @@ def test_a_sequence_that_ends_early_restores(tiny, requests, contexts, how, bits
             for _step in steps:
                 raise KeyboardInterrupt
         steps.close()
+    elif how == "unnamed":
+        with pytest.raises(KeyboardInterrupt):
+            for _step in edit_sequence(tiny, requests, context_templates=contexts, progress=False, **SHORT):
+                raise KeyboardInterrupt
     elif how == "close":
         next(steps)
         assert not torch.equal(tiny.weight(LAYER), clean)

@@ -28,7 +28,7 @@ from nbkit.moments import SecondMoments
 from nbkit.requests import EditRequest
 
 HPARAMS = Path(__file__).parent.parent / "hparams.toml"
-SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | None
+SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | None
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ def edit(
 ) -> list[Edit]:
     """Independent edits of the model as it is, one Edit a request; the model is unchanged afterwards.
 
-    context_templates: the first must be "{}"; None samples them from the model with seed 0. second_moment: E[k kᵀ], one
-    matrix or {layer: matrix}; without it ROME takes the identity. hparams override hparams.toml. progress: a bar, when
-    there is more than one request. MethodError for an unknown method or hyper-parameter.
+    context_templates: the first must be "{}"; None samples them from the model with seed 0.
+    second_moment: E[k kᵀ], one matrix or {layer: matrix}, or a SecondMoments, whose factors then serve many calls;
+    None: ROME takes the identity. hparams override hparams.toml. progress: a bar, when there is more than one request.
+    MethodError for an unknown method or hyper-parameter.
     """
     requests = _as_list(requests)
     parameters = hyper_parameters(lm, method, **hparams)
     templates = _templates(lm, context_templates)
-    moments = SecondMoments(second_moment, lm)
+    moments = _moments(lm, second_moment)
     return METHODS[method].run(lm, requests, templates, moments, parameters, progress and len(requests) > 1)
 
 
@@ -85,12 +86,13 @@ def edit_sequence(
     """Edit by edit, each computed on the already edited model; arguments as in `edit`, checked at once.
 
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
-    restored bit for bit. Context templates and second moment are those of the unedited model throughout.
+    restored bit for bit (if the iterator was kept under a name: once it is closed). Context templates and second
+    moment are those of the unedited model throughout.
     """
     requests = _as_list(requests)
     parameters = hyper_parameters(lm, method, **hparams)
     templates = _templates(lm, context_templates)
-    moments = SecondMoments(second_moment, lm)
+    moments = _moments(lm, second_moment)
 
     def steps() -> Iterator[Step]:
         with restoring(lm) as add:
@@ -143,6 +145,10 @@ def _typed(value: Any, kind: type, name: str) -> Any:
 
 def _templates(lm: LanguageModel, templates: Sequence[str] | None) -> list[str]:
     return prompts.context_templates(lm, seed=0) if templates is None else prompts.check_templates(templates)
+
+
+def _moments(lm: LanguageModel, given: SecondMomentLike) -> SecondMoments:
+    return given if isinstance(given, SecondMoments) else SecondMoments(given, lm)
 
 
 def _as_list(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
