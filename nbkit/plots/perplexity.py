@@ -5,8 +5,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from scipy import stats
 
+from nbkit.collapse import shares
 from nbkit.plots.style import (
     CEILING,
     GREY,
@@ -113,16 +113,15 @@ def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: st
             count as collapsed.
     """
     columns(frame, "perplexity", "perplexity_before", group)
-    collapsed = ~(frame["perplexity"] < ratio * frame["perplexity_before"])
-    names = list(dict.fromkeys(frame[group]))
-    for at, name in enumerate(names):
-        hits = collapsed[frame[group] == name]
-        interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-        colour = group_styles(names)[name][0]
-        ax.barh(at, hits.mean(), height=0.6, color=colour, alpha=0.85)
-        ax.plot([interval.low, interval.high], [at, at], color="black", lw=1)
-        ax.annotate(f"{hits.sum()} of {len(hits)}", (max(interval.high, hits.mean()), at), (4, 0), va="center",
-                    textcoords="offset points", fontsize=7)  # fmt: skip
+    table = shares(frame, ratio, by=group)
+    names = table[group].tolist()
+    for at, row in table.iterrows():
+        colour = group_styles(names)[row[group]][0]
+        ax.barh(at, row["share"], height=0.6, color=colour, alpha=0.85)
+        ax.plot([row["low"], row["high"]], [at, at], color="black", lw=1)
+        label = f"{row['collapsed']} of {row['n']}"
+        ax.annotate(label, (max(row["high"], row["share"]), at), (4, 0), va="center", textcoords="offset points",
+                    fontsize=7)  # fmt: skip
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.2)

@@ -60,9 +60,8 @@ def perplexity_vs_task(frame: pd.DataFrame, ax: Axes, seed: int = 0, ceiling: fl
     if edited.all():
         handles = [handle for handle in handles if handle.get_label() != "unedited"]
     found = spearman(frame["perplexity"][edited], frame["score"][edited], seed=seed)
-    ax.set_title(
-        f"{str(frame['task'].iloc[0]).replace('_', ' ')} (n = {found.n})\n{correlation_text(found)}", fontsize=7
-    )
+    heading = f"{str(frame['task'].iloc[0]).replace('_', ' ')} (n = {found.n})"
+    ax.set_title(f"{heading}\n{correlation_text(found)}", fontsize=7, loc="right")
     ax.set_xscale("log")
     if over.any():
         ax.set_xlim(right=edge * 1.15)

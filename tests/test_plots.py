@@ -1,0 +1,405 @@
+"""Figures on small frames: what is drawn is what the rows say, nothing is dropped, cut off or too small to read."""
+
+import errno
+import itertools
+import math
+import warnings
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.text import Text
+from scipy import stats
+
+from nbkit import correlation, plots
+from nbkit.errors import ResultsError
+from nbkit.plots import style
+
+mpl.use("Agg")
+RANDOM = np.random.default_rng(0)
+KINDS = ["one-token first", "several-token first", "later"]
+
+
+def single_frame(perplexity=None):
+    """Nine edits of three kinds, three of them beyond every scale."""
+    values = [math.inf, 15.5, 15.4, math.nan, 15.6, 15.4, 4e8, 15.5, 700.0] if perplexity is None else perplexity
+    kinds = list(itertools.islice(itertools.cycle(KINDS), len(values)))
+    frame = pd.DataFrame({"subject_kind": kinds, "perplexity": values, "perplexity_before": 15.4})
+    frame["group"] = np.where(frame["perplexity"] < 154, "normal", "collapse")
+    frame["numerator"], frame["denominator"] = np.linspace(50, 200, len(frame)), np.geomspace(0.01, 10, len(frame))
+    return frame
+
+
+def strips_frame():
+    c_rome = single_frame().assign(key_mode="C-ROME", perplexity=15.5)
+    return pd.concat([single_frame().assign(key_mode="ROME"), c_rome])
+
+
+def task_frame(*names):
+    n = 12
+    perplexity = [15.4, *np.geomspace(16, 1e5, n - 3), math.inf, math.nan]
+    score = np.linspace(0.9, 0.25, n) + RANDOM.normal(0, 0.02, n)
+    rows = {"perplexity": perplexity, "score": score, "stderr": 0.03, "chance": 0.25, "edited": np.arange(n) > 0}
+    return pd.concat([pd.DataFrame({**rows, "task": name, "metric": "acc"}) for name in names])
+
+
+def sequence_frame():
+    parts = []
+    for group, rate, seed in itertools.product(["hard", "normal"], [1.5, 0.1], [0, 1, 2]):
+        if (group == "hard") != (rate == 1.5):
+            continue
+        n_edits = np.arange(11)
+        perplexity = 15 * np.exp(rate * n_edits * (1 + seed / 10))
+        if group == "hard":
+            perplexity[8 + seed // 2 :] = [math.inf, math.nan][seed % 2]
+        part = {"group": group, "seed": seed, "n_edits": n_edits, "perplexity": perplexity}
+        part |= {"efficacy": np.where(n_edits == 0, np.nan, 1 - rate * n_edits / 20), "checkpoint": n_edits != 5}
+        parts.append(pd.DataFrame(part))
+    return pd.concat(parts)
+
+
+def keys_frame():
+    parts = []
+    for group, plain, similarity in [("normal", 11, 0.9), ("collapse", 60, 0.1)]:
+        for prefix, norm in [("plain", plain), ("prefixed", 12)]:
+            part = {"norm": norm * np.exp(RANDOM.normal(0, 0.1, 40)), "similarity": RANDOM.normal(similarity, 0.05, 40)}
+            parts.append(pd.DataFrame({**part, "group": group, "prefix": prefix}))
+    return pd.concat(parts)
+
+
+def embedding_frame():
+    kinds = ["$k_u$", r"$\bar{k}$", r"$C^{-1}\bar{k}$"]
+    rows = list(itertools.product(["normal", "collapse"], kinds, range(5)))
+    frame = pd.DataFrame(rows, columns=["group", "vector", "request"])
+    return frame.assign(x=RANDOM.normal(size=len(rows)), y=RANDOM.normal(size=len(rows)))
+
+
+def curve_frame():
+    rows = list(itertools.product(KINDS, range(8), range(6)))
+    frame = pd.DataFrame(rows, columns=["group", "position", "pair"])
+    return frame.assign(similarity=np.where(frame["position"] == 0, 0.95, 0.15) + RANDOM.normal(0, 0.02, len(rows)))
+
+
+LOSS = pd.DataFrame({"step": range(6), "nll": [6, 3, 1.5, 0.7, 0.2, 0.04], "kl": 0.01, "weight_decay": 0.02})
+TOKENS = pd.DataFrame(
+    {"token": [" Krela", "\n", " $x$", " averyveryverylongtokenthatdoesnotend"], "before": [0.1, 0.2, 0.3, 0.05],
+     "after": [0.9, 0.02, 0.03, 0.0]}
+)  # fmt: skip
+TEMPLATES = pd.DataFrame(
+    {"template": ["{}", "The river runs through the middle of the city. {}"], "similarity": [1.0, -0.1]}
+)
+
+
+def tasks_panels(axes):
+    names = ["reasoning", "nli", "open_qa", "closed_qa", "dialogue", "summarisation", "ner"]
+    shown = plots.perplexity_vs_tasks(task_frame(*names), axes)
+    plots.shared_legend(shown[0].figure, shown)
+
+
+def sequence_panels(axes):
+    plots.sequential_curves(sequence_frame(), axes[0])
+    plots.sequential_curves(sequence_frame(), axes[1], y="efficacy", band="iqr")
+    plots.shared_legend(axes[0].figure, axes, ncols=2)
+    plots.label_panels(axes)
+
+
+# name: (draws on an axes or an array of them, height in inches, arguments of plt.subplots)
+FIGURES = {
+    "perplexity_per_edit": (lambda ax: plots.perplexity_per_edit(single_frame(), ax), 2.5, {}),
+    "per_edit_narrow": (lambda ax: plots.perplexity_per_edit(single_frame([15.0, 15.1, 15.3]), ax), 2.5, {}),
+    "perplexity_strips": (lambda ax: plots.perplexity_strips(strips_frame(), ax), 2.6, {}),
+    "collapse_share": (lambda ax: plots.collapse_share(single_frame(), ax), 1.5, {}),
+    "perplexity_vs_task": (lambda ax: plots.perplexity_vs_task(task_frame("open_qa"), ax), 2.6, {}),
+    "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
+    "sequential_curves": (sequence_panels, 2.6, {"ncols": 2}),
+    "denominators": (lambda ax: plots.denominators(single_frame(), ax), 2.5, {}),
+    "similarity_histogram": (lambda ax: plots.similarity_histogram(keys_frame(), ax), 2.4, {}),
+    "norm_histogram": (lambda ax: plots.norm_histogram(keys_frame(), ax), 2.6, {}),
+    "embedding_scatter": (lambda ax: plots.embedding_scatter(embedding_frame(), ax), 3.0, {}),
+    "similarity_curves": (lambda ax: plots.similarity_curves(curve_frame(), ax), 2.4, {}),
+    "loss_curve": (lambda ax: plots.loss_curve(LOSS, ax), 2.4, {}),
+    "top_tokens": (lambda ax: plots.top_tokens(TOKENS, ax, target=" Krela"), 2.0, {}),
+    "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
+}
+
+
+def draw(name):
+    """The figure of that name; random frames are the same each time."""
+    global RANDOM
+    RANDOM = np.random.default_rng(0)
+    function, height, panels = FIGURES[name]
+    width = plots.TWO_COLUMNS if panels else plots.COLUMN
+    fig, axes = plt.subplots(figsize=(width, height), **panels)
+    drawn = function(axes)
+    assert panels or drawn is axes
+    return fig
+
+
+def shown_ticks(axis):
+    """The tick labels that are drawn: matplotlib keeps others, beyond the axis' ends."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1 for tick in axis.get_major_ticks() if tick.label1.get_text() and low <= tick.get_loc() <= high]
+
+
+def texts_of(fig):
+    ticks = {t for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for t in axis.findobj(Text) if t is not axis.label}
+    shown = [label for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for label in shown_ticks(axis)]
+    others = [text for text in fig.findobj(Text) if text not in ticks and text.get_visible()]
+    return shown + [text for text in others if text.get_text().strip()]
+
+
+def labels_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.fixture
+def ax():
+    with plots.paper_style():
+        fig, ax = plt.subplots(figsize=(plots.COLUMN, 2.5))
+        yield ax
+        plt.close(fig)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_can_be_read_at_its_printed_size(name):
+    with plots.paper_style(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns when a layout does not fit
+        fig = draw(name)
+        fig.canvas.draw()
+        whole = fig.bbox
+        for text in texts_of(fig):
+            box = text.get_window_extent()
+            assert text.get_fontsize() >= 7, text
+            assert box.x0 >= whole.x0 - 1 and box.x1 <= whole.x1 + 1, f"{text.get_text()!r} is cut off at the side"
+            assert box.y0 >= whole.y0 - 1 and box.y1 <= whole.y1 + 1, f"{text.get_text()!r} is cut off above or below"
+        for ax in fig.axes:
+            for axis in (ax.xaxis, ax.yaxis):
+                boxes = [label.get_window_extent() for label in shown_ticks(axis)]
+                assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2)), f"{axis} labels"
+                assert len(boxes) >= 2 or not axis.get_ticklocs().size, f"{axis} has too few labels"
+            assert ax.get_ylabel() or shown_ticks(ax.yaxis)
+        plt.close(fig)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_drawn_again_has_the_same_bytes(name, tmp_path):
+    written = []
+    for folder in ("first", "second"):
+        with plots.paper_style():
+            fig = draw(name)
+            paths = plots.save_figure(fig, name, "n = 9, seeds 0-2.", tmp_path / folder)
+            plt.close(fig)
+        assert [path.name for path in paths] == [f"{name}.md", f"{name}.pdf", f"{name}.png"]
+        written.append([path.read_bytes() for path in paths])
+    assert written[0] == written[1]
+    caption, pdf, png = written[0]
+    assert caption == b"n = 9, seeds 0-2.\n"
+    assert b"CreationDate" not in pdf and b"matplotlib" not in pdf.lower()
+    assert b"Software" not in png and png.startswith(b"\x89PNG")
+
+
+def test_an_unwritable_figure_folder_is_said_and_old_files_stay(ax, tmp_path, monkeypatch):
+    ax.plot([1, 2])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultsError, match="cannot write the figure toy to .*NBKIT_FIGURES"):
+        plots.save_figure(ax.figure, "toy", "Toy.", tmp_path / "file" / "figures")
+    (path, *_) = plots.save_figure(ax.figure, "toy", "Old.", tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nbkit.files.os.fsync", full)
+    with pytest.raises(ResultsError, match="No space left"):
+        plots.save_figure(ax.figure, "toy", "New.", tmp_path)
+    assert path.read_text() == "Old.\n" and len(list(tmp_path.iterdir())) == 4
+
+
+def test_perplexities_off_the_scale_stand_at_the_top_edge_and_are_counted(ax):
+    plots.perplexity_per_edit(single_frame(), ax)
+    assert ax.get_yscale() == "log"
+    triangles = [line for line in ax.lines if line.get_marker() == "^"]
+    assert np.concatenate([line.get_xdata() for line in triangles]).tolist() == [1, 4, 7]
+    assert {y for line in triangles for y in line.get_ydata()} == {1e6}
+    assert ax.get_ylim()[1] == pytest.approx(1.15e6)
+    assert "> $10^{6}$ or not finite (3 of 9)" in labels_of(ax)
+    assert "unedited (15.4)" in labels_of(ax) and "one-token first (n = 3)" in labels_of(ax)
+    points = [line for line in ax.lines if line.get_marker() in "osD"]
+    assert sum(len(line.get_xdata()) for line in points) == 6
+
+
+def test_without_large_ones_the_edge_lies_above_the_largest_perplexity(ax):
+    plots.perplexity_per_edit(single_frame([10.0, 20.0, math.nan]), ax)
+    assert ax.get_ylim()[1] == pytest.approx(60 * 1.15)
+    assert "infinite or NaN (1 of 3)" in labels_of(ax)
+
+
+def test_all_finite_perplexities_need_no_edge(ax):
+    plots.perplexity_per_edit(single_frame([10.0, 20.0, 30.0]), ax)
+    assert not any("NaN" in label or "finite" in label for label in labels_of(ax))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_nothing_finite_at_all_can_be_drawn(ax, value):
+    plots.perplexity_per_edit(single_frame([value] * 3), ax)
+    assert "infinite or NaN (3 of 3)" in labels_of(ax)
+    ax.figure.canvas.draw()
+
+
+def test_strips_show_every_value_and_the_medians(ax):
+    frame = strips_frame()
+    plots.perplexity_strips(frame, ax)
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert sum(len(line.get_xdata()) for line in points) == len(frame)
+    medians = sorted(line.get_ydata()[0] for line in ax.lines if line.get_color() == "black")
+    assert medians[-1] == 1e6 and medians[0] == 15.4 and len(medians) == 6
+
+
+def test_collapse_share_counts_infinite_and_nan_as_collapsed(ax):
+    plots.collapse_share(single_frame(), ax, ratio=10)
+    assert [bar.get_width() for bar in ax.patches] == [1.0, 0.0, pytest.approx(1 / 3)]
+    assert [text.get_text() for text in ax.texts] == ["3 of 3", "0 of 3", "1 of 3"]
+
+
+def test_rho_is_spearmans_over_the_edited_models_with_nan_as_the_worst(ax):
+    frame = task_frame("open_qa")
+    plots.perplexity_vs_task(frame, ax)
+    edited = frame[1:]
+    expected = stats.spearmanr(edited["perplexity"].fillna(math.inf), edited["score"]).statistic
+    found = correlation.spearman(edited["perplexity"], edited["score"])
+    assert found.rho == pytest.approx(expected) and -1 <= found.low <= found.rho <= found.high <= 1 and found.n == 11
+    assert found == correlation.spearman(edited["perplexity"], edited["score"])
+    assert found != correlation.spearman(edited["perplexity"], edited["score"], seed=1)
+    title = ax.get_title("right")
+    assert title.startswith("open qa (n = 11)\n") and f"{found.rho:.2f}".replace("-", "−") in title
+    (chance,) = [line for line in ax.lines if line.get_label() == "chance"]
+    assert chance.get_linestyle() == "--" and set(chance.get_ydata()) == {0.25}
+    (edge,) = [line for line in ax.lines if line.get_marker() == ">"]
+    assert len(edge.get_xdata()) == 2 and "infinite or NaN (2 of 12)" in labels_of(ax)
+    assert ax.get_xscale() == "log" and ax.get_ylabel() == "Accuracy"
+    (row,) = correlation.correlations(frame).to_dict("records")
+    assert row == {"task": "open_qa", **found._asdict()}
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    random, hits = np.random.default_rng(1), 0
+    true_rho = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's rho of a normal pair with correlation 0.6
+    for seed in range(60):
+        x, y = random.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=60).T
+        found = correlation.spearman(np.exp(x), y, seed=seed, n_resamples=300)
+        hits += found.low <= true_rho <= found.high
+    assert 50 <= hits <= 60
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "score", "n"),
+    [([1, 2], [1, 2], 2), ([1, 1, 1], [1, 2, 3], 3), ([1, 2, 3], [5, 5, 5], 3), ([1, 2, 3], [1, np.nan, 3], 2)],
+)
+def test_rho_that_is_not_defined_is_said(ax, perplexity, score, n):
+    found = correlation.spearman(perplexity, score)
+    assert np.isnan([found.rho, found.low, found.high]).all() and found.n == n
+    plots.perplexity_vs_task(pd.DataFrame({"task": "nli", "perplexity": perplexity, "score": score}), ax)
+    assert ax.get_title("right") == f"nli (n = {n})\nρ undefined"
+
+
+def test_tasks_that_do_not_fit_are_refused(ax):
+    with pytest.raises(ValueError, match="2 tasks need as many axes, not 1"):
+        plots.perplexity_vs_tasks(task_frame("a", "b"), [ax])
+    with pytest.raises(ValueError, match="one panel shows one task"):
+        plots.perplexity_vs_task(task_frame("a", "b"), ax)
+
+
+def test_sequential_curves_are_medians_over_seeds_with_the_band_stated(ax):
+    frame = sequence_frame()
+    plots.sequential_curves(frame, ax)
+    normal = frame[(frame["group"] == "normal") & frame["checkpoint"]].groupby("n_edits")["perplexity"]
+    (line,) = [line for line in ax.lines if line.get_label() == "normal (3 seeds)"]
+    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10], "edit 5 is no checkpoint"
+    np.testing.assert_allclose(line.get_ydata(), normal.median())
+    bands = [band for band in ax.collections if isinstance(band, PolyCollection)]
+    corners = bands[1].get_paths()[0].vertices[:, 1]
+    assert corners.min() == pytest.approx(normal.min().min()) and corners.max() == pytest.approx(normal.max().max())
+    assert "median; band: minimum to maximum" in labels_of(ax)
+    (hard,) = [line for line in ax.lines if line.get_label() == "hard (3 seeds)"]
+    (triangles,) = [line for line in ax.lines if line.get_marker() == "^"]
+    assert hard.get_ydata()[-2:].tolist() == [1e6, 1e6] and triangles.get_xdata().tolist() == [7, 8, 9, 10]
+    n_over = int((~(frame[frame["checkpoint"]]["perplexity"] <= 1e6)).sum())
+    assert f"> $10^{{6}}$ or not finite ({n_over} of 60)" in labels_of(ax)
+
+
+def test_sequential_success_is_linear_and_starts_at_the_first_edit(ax):
+    plots.sequential_curves(sequence_frame(), ax, y="efficacy", band="iqr")
+    assert ax.get_yscale() == "linear" and min(ax.lines[0].get_xdata()) == 1
+    assert "median; band: 25th to 75th percentile" in labels_of(ax)
+    with pytest.raises(ValueError, match="choose one of range, iqr"):
+        plots.sequential_curves(sequence_frame(), ax, band="std")
+
+
+def test_denominators_leave_out_only_what_a_log_axis_cannot_show_and_say_so(ax):
+    frame = single_frame()
+    frame.loc[[0, 1], "denominator"] = [0.0, math.nan]
+    plots.denominators(frame, ax)
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert sum(len(line.get_xdata()) for line in points) == 2 * len(frame) - 2
+    assert "(2 not drawn: zero or not finite)" in ax.get_xticklabels()[1].get_text()
+    medians = {text.get_text() for text in ax.texts}
+    assert f"{frame.loc[frame['group'] == 'collapse', 'numerator'].median():.3g}" in medians
+
+
+def test_histograms_hold_every_key(ax):
+    frame = keys_frame()
+    frame.loc[frame.index[0], "similarity"] = 1.0000001  # rounding
+    plots.norm_histogram(frame, ax)
+    assert [label.rsplit(" (", 1)[1] for label in labels_of(ax)] == ["n = 40)"] * 4
+    heights = [np.ptp(patch.get_path().vertices[:, 1]) for patch in ax.patches]
+    assert len(ax.patches) == 4 and max(heights) <= 1
+    ax.clear()
+    plots.similarity_histogram(frame, ax)
+    assert ax.get_xlim() == (-1 if (frame["similarity"] < -1 / 40).any() else 0, 1)
+    assert labels_of(ax) == ["normal (n = 80)", "collapse (n = 80)"]
+    with pytest.raises(ValueError, match="'plain' and 'prefixed'"):
+        plots.norm_histogram(frame.assign(prefix="both"), ax)
+
+
+def test_embedding_shows_colour_by_group_and_marker_by_kind(ax):
+    plots.embedding_scatter(embedding_frame(), ax, method="PCA")
+    assert len(ax.lines) == 6 and all(len(line.get_xdata()) == 5 for line in ax.lines)
+    assert len({line.get_marker() for line in ax.lines}) == 3 and ax.get_xlabel() == "PCA 1"
+
+
+def test_loss_parts_add_up_and_a_loss_that_became_nan_is_drawn(ax):
+    plots.loss_curve(LOSS, ax)
+    (total,) = [line for line in ax.lines if line.get_label() == "total"]
+    np.testing.assert_allclose(total.get_ydata(), LOSS[["nll", "kl", "weight_decay"]].sum(axis=1))
+    plots.loss_curve(LOSS.assign(nll=[6, 5, 4, 3, 2, math.nan]), ax.figure.subplots())
+
+
+def test_token_labels_show_blanks_and_no_mathematics(ax):
+    plots.top_tokens(TOKENS, ax, target=" Krela")
+    labels = ax.get_yticklabels()
+    assert [label.get_text()[0] for label in labels] == ["␣", "⏎", "␣", "␣"]
+    assert labels[0].get_fontweight() == "bold" and labels[2].get_text() == r"␣\$x\$"
+    assert len(labels[3].get_text()) == 30
+
+
+def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
+    assert style.group_styles(["hard", "normal"])["normal"] == style.group_styles(["normal", "x"])["normal"]
+    looks = style.group_styles(["normal", "collapse", "a", "b", "c"])
+    assert len({colour for colour, _ in looks.values()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("function", "frame"),
+    [(plots.perplexity_per_edit, single_frame()), (plots.denominators, single_frame()), (plots.top_tokens, TOKENS),
+     (plots.sequential_curves, sequence_frame()), (plots.similarity_histogram, keys_frame())],
+)  # fmt: skip
+def test_missing_columns_and_empty_frames_are_named(ax, function, frame):
+    with pytest.raises(ValueError, match="no rows"):
+        function(frame.iloc[:0], ax)
+    with pytest.raises(ValueError, match="has no column .*; it has other"):
+        function(pd.DataFrame({"other": [1]}), ax)
+    before = frame.copy()
+    function(frame, ax)
+    pd.testing.assert_frame_equal(frame, before)
