@@ -23,6 +23,7 @@ _NAMES = {
     "ARCHITECTURES": "models",
     "EditRequest": "requests",
     "read_requests": "requests",
+    "read_texts": "requests",
     "context_templates": "prompts",
     "second_moment": "moments",
     "edit": "methods",

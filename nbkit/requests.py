@@ -2,6 +2,7 @@
 
     requests = read_requests("miniworld", limit=50, seed=0)
     requests = read_requests("counterfact.json")
+    texts = read_texts("miniworld", limit=50)         # what perplexity is measured on
 
 A file is a JSON list or JSON lines. The schema is recognised record by record:
 
@@ -27,7 +28,9 @@ from pathlib import Path
 from nbkit import paths
 from nbkit.errors import RequestError
 
-EMBEDDED = {"miniworld": "miniworld/requests.json"}  # name -> file under paths.DATA
+# name -> file under paths.DATA
+EMBEDDED = {"miniworld": "miniworld/requests.json"}
+EMBEDDED_TEXTS = {"miniworld": "miniworld/perplexity.json", "miniworld-training": "miniworld/text.txt"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
     Raises RequestError naming file and record for one that is malformed. A zsRE record whose question does not
     hold the subject is skipped with a warning; a guess would edit at the wrong token.
     """
-    path = _locate(path_or_name)
+    path = _locate(path_or_name, EMBEDDED, "requests")
     requests = []
     for index, record in enumerate(_read_records(path)):
         where = f"{path.name}, record {index}"
@@ -116,14 +119,32 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
     return requests[:limit]
 
 
+def read_texts(path_or_name: str | Path, limit: int | None = None) -> list[str]:
+    """The first `limit` texts of a file, or of an embedded one by its name, in order.
+
+    "miniworld": held-out texts, for perplexity; "miniworld-training": training text, for second moments. A file is a
+    JSON list or JSON lines of records with a field `Text`, the schema of ME-PPL, or ends in .txt and holds one text a
+    line, blank lines aside. Raises RequestError naming file and record for one that holds no text.
+    """
+    path = _locate(path_or_name, EMBEDDED_TEXTS, "texts")
+    if path.suffix == ".txt":
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    records = _read_records(path)[:limit]
+    for index, record in enumerate(records):
+        text = record.get("Text") if isinstance(record, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise RequestError(f"{path.name}, record {index}: expected an object whose field Text holds a text")
+    return [record["Text"] for record in records]
+
+
 class _SubjectMissing(RequestError):
     """The filled-in prompt does not hold its subject."""
 
 
-def _locate(path_or_name: str | Path) -> Path:
-    path = paths.DATA / EMBEDDED[path_or_name] if path_or_name in EMBEDDED else Path(path_or_name).expanduser()
+def _locate(path_or_name: str | Path, embedded: dict[str, str], what: str) -> Path:
+    path = paths.DATA / embedded[path_or_name] if path_or_name in embedded else Path(path_or_name).expanduser()
     if not path.is_file():
-        raise RequestError(f"no file of requests at {path}; embedded ones: {', '.join(EMBEDDED)}")
+        raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(embedded)}")
     return path
 
 

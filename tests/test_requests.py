@@ -6,7 +6,7 @@ import pytest
 
 from nbkit import paths
 from nbkit.errors import NbkitError, RequestError
-from nbkit.requests import EditRequest, cut_out, read_requests
+from nbkit.requests import EditRequest, cut_out, read_requests, read_texts
 
 COUNTERFACT = {
     "case_id": 7,
@@ -186,6 +186,33 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, text):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(RequestError, match="no file of requests at .*nowhere.json"):
         read_requests(tmp_path / "nowhere.json")
+
+
+def test_texts_of_every_form(write, tmp_path):
+    records = [{"Corpus": "C4", "Text": "One two."}, {"Corpus": "C4", "Text": "Three four."}]
+    assert read_texts(write(records)) == ["One two.", "Three four."]
+    assert read_texts(write(records), limit=1) == ["One two."]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("One two.\n\n  Three four. \n", encoding="utf-8")
+    assert read_texts(lines) == ["One two.", "Three four."]
+    assert len(read_texts("miniworld", limit=5)) == 5
+    assert len(read_texts("miniworld-training", limit=7)) == 7
+
+
+@pytest.mark.parametrize("record", ["One two.", {"text": "One two."}, {"Text": " "}, {"Text": 3}])
+def test_what_holds_no_text_is_named(write, record):
+    with pytest.raises(RequestError, match="requests.json, record 1: .*field Text"):
+        read_texts(write([{"Text": "One two."}, record]))
+
+
+def test_a_missing_file_of_texts_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="no file of texts at .*nowhere.json; embedded ones: miniworld"):
+        read_texts(tmp_path / "nowhere.json")
+
+
+def test_the_real_perplexity_texts(shared):
+    for path in sorted((shared / "data").rglob("ME-PPL*.json")):
+        assert len(read_texts(path, limit=50)) == 50
 
 
 def test_cut_out_takes_whole_words_and_the_last_of_them():
