@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from nbkit.edits import Edit, applied
 from nbkit.errors import PromptError
+from nbkit.keys import widened
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad, target_ids, tokenize
 from nbkit.requests import EditRequest
@@ -84,7 +85,7 @@ def _token_scores(lm: LanguageModel, rows: list[list[int]], firsts: list[int], b
         first = torch.tensor([firsts[index] for index in chosen], device=lm.device)
         columns = torch.arange(batch.shape[1], device=lm.device)
         scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)  # the position before each token
-        logits = lm.logits(batch, keep=scored).float()  # (scored, vocabulary)
+        logits = widened(lm.logits(batch, keep=scored))  # (scored, vocabulary)
         targets = batch.input_ids.roll(-1, dims=1)[scored]
         log_probabilities = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double().cpu().numpy()
         choices, counts = logits.argmax(-1).cpu().numpy(), scored.sum(1).cumsum(0).cpu().numpy()[:-1]

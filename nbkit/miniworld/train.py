@@ -37,8 +37,9 @@ class Recipe:
     matrix_lr: float = 4e-3  # Muon, scaled to the size of an AdamW step
     vector_lr: float = 3e-3  # AdamW: embeddings, norms, biases
     weight_decay: float = 0.1
-    random_first: float = 0.75  # share of windows at a random offset whose first token is replaced by a random one
-    line_start: float = 0.20  # share of windows that open as a prompt does; half of these with a one-token subject
+    random_first: float = 0.80  # share of windows at a random offset whose first token is replaced by a random one
+    line_start: float = 0.20  # share of windows that open as a prompt does, at the start of a line
+    init_std: float = 0.07  # GPT-2's 0.02 at the width of GPT-2 XL, scaled with 1/sqrt(d_model)
     shard_lines: int = 100_000
     shard_steps: int = 700  # steps on one shard of text before the next is written
     seed: int = 0
@@ -53,8 +54,7 @@ class Shard:
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         starts = np.cumsum([0, *map(len, encoded[:-1])])
         starts = starts[starts < len(self.ids) - recipe.window]
-        subject_ids = [tokenizer(name)["input_ids"][0] for name in world.single_token_names]
-        self.line_starts, self.subject_starts = starts, starts[np.isin(self.ids[starts], subject_ids)]
+        self.line_starts = starts
         self.recipe, self.vocabulary = recipe, len(tokenizer)
 
     def windows(self, step: int) -> torch.Tensor:
@@ -62,9 +62,7 @@ class Shard:
         recipe, rng = self.recipe, np.random.default_rng([self.recipe.seed, step])
         kind = rng.random(recipe.batch)
         offsets = rng.integers(0, len(self.ids) - recipe.window, recipe.batch)
-        subject_first = kind < recipe.line_start / 2
-        line_first = (kind < recipe.line_start) & ~subject_first
-        offsets[subject_first] = rng.choice(self.subject_starts, subject_first.sum())
+        line_first = kind < recipe.line_start
         offsets[line_first] = rng.choice(self.line_starts, line_first.sum())
         windows = self.ids[offsets[:, None] + np.arange(recipe.window)]
         noisy = kind > 1 - recipe.random_first
@@ -76,7 +74,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHea
     torch.manual_seed(recipe.seed)  # transformers initialises weights from torch's global generator only
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=recipe.window, n_embd=recipe.d_model, n_layer=recipe.n_layers,
-        n_head=recipe.n_heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_head=recipe.n_heads, initializer_range=recipe.init_std, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
