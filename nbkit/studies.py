@@ -26,6 +26,7 @@ from nbkit import prompts, tasks
 from nbkit.edits import Edit, applied
 from nbkit.methods import edit, edit_sequence, hyper_parameters
 from nbkit.models import LanguageModel
+from nbkit.moments import SecondMoments
 from nbkit.provenance import code_version, digest, files_digest
 from nbkit.requests import EditRequest
 from nbkit.results import Store, Study, provenance
@@ -35,7 +36,8 @@ class _Setting:
     """What the studies share: the model, the method with all its parameters, and where rows go."""
 
     def __init__(self, lm: LanguageModel, method: str, context_templates, second_moment, store: Store | None, hparams):
-        self.lm, self.method, self.hparams, self.second_moment = lm, method, hparams, second_moment
+        self.lm, self.method, self.hparams = lm, method, hparams
+        self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else list(context_templates)
         self.parameters = dataclasses.asdict(hyper_parameters(lm, method, **hparams))  # checks them before any work
@@ -60,7 +62,7 @@ class _Setting:
         return {
             "method": self.method,
             "context_templates": templates,
-            "second_moment": self.second_moment,
+            "second_moment": self.moments,
             "progress": False,
             **self.hparams,
         }
