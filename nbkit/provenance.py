@@ -67,10 +67,10 @@ def digest(value: Any, length: int = 16) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
 
 
-def files_digest(folder: Path, pattern: str = "**/*") -> str:
-    """The digest of the names and contents of a folder's files (of one file, if it is one)."""
-    folder = Path(folder)
-    files = [folder] if folder.is_file() else sorted(p for p in folder.glob(pattern) if p.is_file())
+def files_digest(folder: Path) -> str:
+    """The digest of the names and contents of all files below a folder; compiled Python is left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if "__pycache__" not in path.parts]  # running the code beside data writes these
     return digest([[p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()] for p in files])
 
 

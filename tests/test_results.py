@@ -297,7 +297,11 @@ def test_digest_of_files_sees_names_and_contents(tmp_path):
     (tmp_path / "a.yaml").write_text("y")
     second = provenance.files_digest(tmp_path)
     (tmp_path / "a.yaml").rename(tmp_path / "b.yaml")
-    assert len({first, second, provenance.files_digest(tmp_path)}) == 3
+    third = provenance.files_digest(tmp_path)
+    assert len({first, second, third}) == 3
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "scorer.pyc").write_text("compiled when the scorer is first run")
+    assert provenance.files_digest(tmp_path) == third
 
 
 def test_provenance_columns():
