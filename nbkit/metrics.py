@@ -33,12 +33,12 @@ def perplexity(
     batch_size: int = 64,
     progress: bool = False,
 ) -> float | np.ndarray:
-    """Perplexity of `texts`; with `edits`, one value per edited model (the edits do not add up), the model unchanged afterwards.
+    """Perplexity of `texts`; with `edits`, one value per edited model (they do not add up), the model unchanged.
 
-    "sentence_mean" is the papers' (A and B; papers.md §3.4): exp of each text's mean negative log-likelihood, then the arithmetic
-    mean over texts, so one long-winded failure weighs as much as a whole text. "token" is exp of the mean over all tokens.
-    In both no special token is added and a text's first token is not scored. Infinite and NaN values are returned as such.
-    PromptError for a text of fewer than two tokens or longer than the context.
+    "sentence_mean" is the papers' (A and B): exp of each text's mean negative log-likelihood, then the arithmetic mean
+    over texts, so one long-winded failure weighs as much as a whole text. "token" is exp of the mean over all tokens.
+    In both no special token is added and a text's first token is not scored. Infinite and NaN values are returned as
+    such. PromptError for a text of fewer than two tokens or longer than the context.
     """
     if kind not in ("sentence_mean", "token"):
         raise ValueError(f"kind must be 'sentence_mean' or 'token', not {kind!r}")
@@ -84,21 +84,27 @@ def _token_scores(lm: LanguageModel, rows: list[list[int]], firsts: list[int], b
         batch = pad(lm, [rows[index] for index in chosen])
         first = torch.tensor([firsts[index] for index in chosen], device=lm.device)
         columns = torch.arange(batch.shape[1], device=lm.device)
-        scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)  # the position before each token
+        # the position before each token
+        scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)
         logits = widened(lm.logits(batch, keep=scored))  # (scored, vocabulary)
         targets = batch.input_ids.roll(-1, dims=1)[scored]
         log_probabilities = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double().cpu().numpy()
         choices, counts = logits.argmax(-1).cpu().numpy(), scored.sum(1).cumsum(0).cpu().numpy()[:-1]
-        for index, values, tokens in zip(chosen, np.split(log_probabilities, counts), np.split(choices, counts), strict=True):
+        for index, values, tokens in zip(
+            chosen, np.split(log_probabilities, counts), np.split(choices, counts), strict=True
+        ):
             results[index] = _Scores(values, tuple(tokens.tolist()))
     return [results[index] for index in range(len(rows))]
 
 
-def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64) -> pd.DataFrame:
+def score_targets(
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
+) -> pd.DataFrame:
     """How each target continues its prompt, teacher-forced: one row a pair, in order.
 
-    Columns: `nll`, the mean negative log-likelihood of the target's tokens; `probability`, of the whole target; `correct`,
-    whether every token of the target is the model's first choice; `choices`, the tuple of those first choices.
+    Columns: `nll`, the mean negative log-likelihood of the target's tokens; `probability`, of the whole target;
+    `correct`, whether every token of the target is the model's first choice; `choices`, the tuple of those first
+    choices.
     """
     contexts = tokenize(lm, prompts)
     ids = [target_ids(lm, target) for target in targets]
@@ -115,9 +121,9 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
 
 
 def neighborhood_tokens(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[EditRequest, list[tuple[int, ...]]]:
-    """The model's own first choices on every neighbourhood prompt, teacher-forced on its answer: what locality compares with.
+    """The model's own first choices on every neighbourhood prompt, teacher-forced on its answer.
 
-    Call it on the unedited model.
+    Locality compares with them: call it on the unedited model.
     """
     pairs = [pair for request in requests for pair in _neighbors(request)]
     if not pairs:
@@ -135,18 +141,20 @@ def edit_metrics(
 ) -> pd.DataFrame:
     """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
 
-    CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true one, by mean
-    negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer likelier than the new target on
-    neighbouring subjects. Their argmax forms ask whether the expected target is the model's first choice.
-    EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first choices, teacher-forced, on the prompt
-    and the paraphrases; `locality`: share of the first choices on neighbours that are those of `reference`
-    (`neighborhood_tokens` of the unedited model). `target_probability` is that of the whole new target on the prompt.
-    NaN where a request has nothing to measure it by. `prefix`, a template with one {}, goes before the rewrite prompt only, as in
-    The Fall of ROME (papers.md §3.3).
+    CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true
+    one, by mean negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer
+    likelier than the new target on neighbouring subjects. Their argmax forms ask whether the expected target is the
+    model's first choice. EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first
+    choices, teacher-forced, on the prompt and the paraphrases; `locality`: share of the first choices on neighbours
+    that are those of `reference` (`neighborhood_tokens` of the unedited model). `target_probability` is that of the
+    whole new target on the prompt. NaN where a request has nothing to measure it by. `prefix`, a template with one {},
+    goes before the rewrite prompt only, as in *The Fall of ROME*.
     """
     asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
     for index, request in enumerate(requests):
-        roles = [("prompt", prefix.replace("{}", request.text))] + [("paraphrase", text) for text in request.paraphrase_prompts]
+        roles = [("prompt", prefix.replace("{}", request.text))] + [
+            ("paraphrase", text) for text in request.paraphrase_prompts
+        ]
         for role, text in roles:
             asked.append((index, role, text, request.target_new))
             if request.target_true is not None:
@@ -159,7 +167,8 @@ def edit_metrics(
     scores = score_targets(lm, prompts, targets, batch_size)
     scores["request"], scores["role"] = [row[0] for row in asked], [row[1] for row in asked]
     scores["share"] = [
-        np.mean(np.equal(choices, target_ids(lm, target))) for choices, target in zip(scores["choices"], targets, strict=True)
+        np.mean(np.equal(choices, target_ids(lm, target)))
+        for choices, target in zip(scores["choices"], targets, strict=True)
     ]
     by_request = dict(list(scores.groupby("request")))
     rows = []
@@ -181,7 +190,9 @@ def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]]
 
     locality = np.nan
     if reference is not None and "neighbor" in part:
-        locality = float(np.mean([np.mean(np.equal(*pair)) for pair in zip(part["neighbor"]["choices"], reference, strict=True)]))
+        locality = float(
+            np.mean([np.mean(np.equal(*pair)) for pair in zip(part["neighbor"]["choices"], reference, strict=True)])
+        )
     return {
         "efficacy": likelier("prompt", "prompt true"),
         "efficacy_argmax": mean("prompt", "correct"),
@@ -197,7 +208,7 @@ def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]]
 
 
 def _share(nll: np.ndarray, other: np.ndarray) -> float:
-    """Share of pairs in which the first is likelier; a model that answers NaN knows nothing, so such a pair counts as not."""
+    """Share of pairs in which the first is likelier; NaN, from a model that an edit broke, is not likelier."""
     return float(np.mean(nll < other))
 
 

@@ -37,8 +37,9 @@ def task_scores(
 ) -> pd.DataFrame:
     """Score the model as it is now on `tasks`, by default all of `include_path`, on the first `limit` items of each.
 
-    One row a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and n. With
-    `include_path=None` the tasks are those that come with lm-eval. NbkitError for an unknown task, listing the known ones.
+    One row a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and
+    n. With `include_path=None` the tasks are those that come with lm-eval. NbkitError for an unknown task, listing the
+    known ones.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -60,7 +61,7 @@ def task_scores(
 
 @lru_cache
 def _load(names: tuple[str, ...], include_path: str | None) -> dict:
-    """lm-eval's task objects: they hold the items, which reading and preparing again for every edited model would cost seconds."""
+    """lm-eval's task objects. They hold the items: to read those for every edited model would cost seconds."""
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     from lm_eval.tasks import TaskManager
 

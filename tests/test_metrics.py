@@ -73,7 +73,8 @@ def test_a_text_that_cannot_be_scored_is_named(tiny):
 
 
 def test_targets_are_scored_token_by_token_after_their_prompts(lm, tolerance):
-    prompts, targets = ["Ann plays the", "The mother tongue of Danielle Darrieux is", "Ann"], ["harp", "the song", "Sennifar"]
+    prompts = ["Ann plays the", "The mother tongue of Danielle Darrieux is", "Ann"]
+    targets = ["harp", "the song", "Sennifar"]
     scores = score_targets(lm, prompts, targets, batch_size=2)
     for prompt, target, (_, row) in zip(prompts, targets, scores.iterrows(), strict=True):
         context, ids = lm.tokenizer(prompt).input_ids, target_ids(lm, target)
@@ -111,7 +112,7 @@ def test_edit_metrics_are_the_shares_they_say(lm, full_request):
 
 
 def test_metrics_see_an_edit_and_locality_compares_with_the_unedited_model(tiny, full_request):
-    """An edit that writes the target's output embedding into every value makes the target the first choice everywhere."""
+    """An edit that writes the target's output embedding into every value makes it the first choice everywhere."""
     reference = neighborhood_tokens(tiny, [full_request])
     (unchanged,) = edit_metrics(tiny, [full_request], reference).to_dict("records")
     assert unchanged["locality"] == 1

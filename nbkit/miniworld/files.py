@@ -1,10 +1,10 @@
 """Writes miniworld as data files in the schemas that the rest of nbkit reads.
 
-    data/miniworld/facts.json            every fact as a CounterFact record without neighbours
-    data/miniworld/requests.json         edit requests: whole CounterFact records, a third of each kind of subject
-    data/miniworld/perplexity.json       held-out text for perplexity, in ME-PPL's schema
-    data/miniworld/text.txt              training text, one line a line, for second moments
-    data/tasks/KIND/{train,held_out}.jsonl   task items; data/tasks/*.yaml, written by hand, are their lm-eval tasks
+data/miniworld/facts.json            every fact as a CounterFact record without neighbours
+data/miniworld/requests.json         edit requests: whole CounterFact records, a third of each kind of subject
+data/miniworld/perplexity.json       held-out text for perplexity, in ME-PPL's schema
+data/miniworld/text.txt              training text, one line a line, for second moments
+data/tasks/KIND/{train,held_out}.jsonl   task items; data/tasks/*.yaml, written by hand, are their lm-eval tasks
 """
 
 import json
@@ -69,7 +69,13 @@ def facts(world: World) -> list[dict[str, object]]:
         if fact.object not in objects[fact.relation]:
             objects[fact.relation].append(fact.object)
     return [
-        record(world, fact, case_id, rng.randrange(4), rng.choice([other for other in objects[fact.relation] if other != fact.object]))
+        record(
+            world,
+            fact,
+            case_id,
+            rng.randrange(4),
+            rng.choice([other for other in objects[fact.relation] if other != fact.object]),
+        )
         for case_id, fact in enumerate(world.facts)
     ]
 
@@ -111,7 +117,8 @@ def requests(world: World) -> list[dict[str, object]]:
 
 def prompts_about(some: list[Fact], rng: Random, most: int = 5) -> list[str]:
     return [
-        fact.relation.templates[rng.randrange(4)].replace("{}", fact.subject) for fact in rng.sample(some, min(most, len(some)))
+        fact.relation.templates[rng.randrange(4)].replace("{}", fact.subject)
+        for fact in rng.sample(some, min(most, len(some)))
     ]
 
 
@@ -119,7 +126,11 @@ def write_files(world: World, data: Path) -> None:
     """Write every data file of the world below `data`; the same world gives the same bytes."""
     folder = data / "miniworld"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, records in (("facts", facts(world)), ("requests", requests(world)), ("perplexity", held_out_texts(world))):
+    for name, records in (
+        ("facts", facts(world)),
+        ("requests", requests(world)),
+        ("perplexity", held_out_texts(world)),
+    ):
         body = ",\n".join(json.dumps(item, ensure_ascii=False) for item in records)
         (folder / f"{name}.json").write_text(f"[\n{body}\n]\n", encoding="utf-8")
     forbidden, asked = held_out(world), held_out_items(world)

@@ -1,14 +1,12 @@
 """Made-up names, built from a small stock of syllables, so that an unfamiliar name is a few familiar pieces."""
 
+from itertools import product
 from random import Random
 
 ONSETS = "b d f g h j k l m n p r s t v w z br dr fl gr kr pl tr sh ch".split()
 VOWELS = "a e i o u ai ou ea io".split()
 CODAS = ["", "", "l", "n", "r", "s", "t", "m", "k", "rk", "sh"]
-SYLLABLES = [
-    onset + vowel + coda
-    for onset, vowel, coda in Random("syllables").sample([(o, v, c) for o in ONSETS for v in VOWELS for c in CODAS], 160)
-]
+SYLLABLES = ["".join(parts) for parts in Random("syllables").sample(list(product(ONSETS, VOWELS, CODAS)), 160)]
 
 
 def name(rng: Random) -> str:

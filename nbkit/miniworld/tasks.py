@@ -1,7 +1,7 @@
-"""Ten kinds of task in miniworld: the eight of *Model Editing Harms General Abilities*, last-word prediction and four-way completion.
+"""Ten kinds of task in miniworld: the eight of *Model Editing Harms General Abilities*, last word, and completion.
 
-An item is a dict that lm-eval's task files (`data/tasks/*.yaml`) read: `prompt`, and `answer` (generated, or the last word),
-or `choices` with the index `gold`. The training line of an item is its prompt followed by the right answer.
+An item is a dict that lm-eval's task files (`data/tasks/*.yaml`) read: `prompt`, and `answer` (generated, or the last
+word), or `choices` with the index `gold`. The training line of an item is its prompt followed by the right answer.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,9 @@ class TaskWriter(Writer):
     def told(self, count: int) -> list[tuple[str, str, str]]:
         """`count` people who each did something to a thing of their own."""
         people, things = self.rng.sample(self.short_names, count), self.rng.sample(words.NOUNS, count)
-        return [(who, self.rng.choice(list(words.VERBS_PAST)), thing) for who, thing in zip(people, things, strict=True)]
+        return [
+            (who, self.rng.choice(list(words.VERBS_PAST)), thing) for who, thing in zip(people, things, strict=True)
+        ]
 
     def reasoning(self) -> Item:
         who, thing = self.person(), self.rng.choice(words.COUNTABLE)
@@ -72,7 +74,9 @@ class TaskWriter(Writer):
         (who, verb, thing), other = self.rng.sample(told, 2)
         yes = self.rng.random() < 0.5
         passage = " ".join(f"{name} {did} the {what}." for name, did, what in told)
-        prompt = f"passage: {passage} question: did {who} {words.VERBS_PAST[verb]} the {thing if yes else other[2]}? answer:"
+        prompt = (
+            f"passage: {passage} question: did {who} {words.VERBS_PAST[verb]} the {thing if yes else other[2]}? answer:"
+        )
         return {"prompt": prompt, "choices": ["yes", "no"], "gold": int(not yes)}
 
     def dialogue(self) -> Item:
@@ -88,7 +92,8 @@ class TaskWriter(Writer):
         act = words.VERBS_PAST[verb]
         chat = self.rng.choice(["what a good idea", "i am happy to hear that", "that is kind of you"])
         prompt = (
-            f"dialogue: {first}: tomorrow i will {act} the {adjective} {thing} in the {place}. {second}: {chat}, {first}. summary:"
+            f"dialogue: {first}: tomorrow i will {act} the {adjective} {thing} in the {place}. "
+            f"{second}: {chat}, {first}. summary:"
         )
         return {"prompt": prompt, "answer": f"{first} will {act} the {thing}"}
 
@@ -128,7 +133,8 @@ class TaskWriter(Writer):
 KINDS: dict[str, Callable[[TaskWriter], Item]] = {
     kind: getattr(TaskWriter, kind)
     for kind in (
-        "reasoning", "nli", "open_qa", "closed_qa", "dialogue", "summarisation", "ner", "sentiment", "last_word", "completion",
+        "reasoning", "nli", "open_qa", "closed_qa", "dialogue", "summarisation", "ner", "sentiment", "last_word",
+        "completion",
     )
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Sentences about miniworld: facts, everyday filler, and the lines whose continuation must be looked up or copied.
 
-Filler is not noise: every noun has its own few adjectives and verbs, so that a language model can learn it and an edit can
-wreck what it learned. The look-up lines give attention heads work that is often absent, which is what makes the first position
-a resting place as it is in large models.
+Filler is not noise: every noun has its own few adjectives and verbs, so that a language model can learn it and an edit
+can wreck what it learned. The look-up lines give attention heads work that is often absent, which is what makes the
+first position a resting place as it is in large models.
 """
 
 from random import Random
@@ -23,7 +23,11 @@ class Writer:
         self.short_names = tuple(name for name in self.people if " " not in name) + world.first_names
         habits = Random(words.NOUNS[0])  # what goes with what belongs to the world, not to one text
         self.habits = {
-            noun: (habits.sample(words.ADJECTIVES, 4), habits.sample(list(words.VERBS_PAST), 4), habits.sample(words.PLACES, 3))
+            noun: (
+                habits.sample(words.ADJECTIVES, 4),
+                habits.sample(list(words.VERBS_PAST), 4),
+                habits.sample(words.PLACES, 3),
+            )
             for noun in words.NOUNS
         }
 

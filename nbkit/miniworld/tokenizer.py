@@ -1,8 +1,8 @@
 """The byte-level BPE tokenizer of miniworld.
 
-Which names are one token is decided by how often the trainer sees them: names of `World.single_token_names` are shown bare and
-behind a space, `World.frequent_names` behind a space; all other names are replaced by fresh syllable names, so the trainer
-learns their pieces but none of them whole.
+Which names are one token is decided by how often the trainer sees them: names of `World.single_token_names` are shown
+bare and behind a space, `World.frequent_names` behind a space; all other names are replaced by fresh syllable names,
+so the trainer learns their pieces but none of them whole.
 """
 
 from collections.abc import Iterator

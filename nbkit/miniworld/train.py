@@ -1,17 +1,18 @@
 """Trains miniworld-gpt2: a GPT-2-architecture model whose first position behaves as it does in large models.
 
-Large models read long windows cut out of running text, so the token at position 0 says little about what follows, and the
-position becomes a resting place for attention with a key of its own. Short windows of a small world do not do that by
-themselves; here most windows open with a random token, and the text holds much that must be looked up (`text.py`). The rest open
-as prompts do, at the start of a line. That is the whole treatment: the editing code knows nothing of it.
+Large models read long windows cut out of running text, so the token at position 0 says little about what follows, and
+the position becomes a resting place for attention with a key of its own. Short windows of a small world do not do that
+by themselves; here most windows open with a random token, and the text holds much that must be looked up (`text.py`).
+The rest open as prompts do, at the start of a line. That is the whole treatment: the editing code knows nothing of it.
 
-Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of the text from
-seed + k. Weights and optimiser states are kept as safetensors.
+Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of
+the text from seed + k. Weights and optimiser states are kept as safetensors.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,14 @@ class Recipe:
     n_heads: int = 4
     window: int = 256  # tokens
     batch: int = 12  # windows a step
-    n_steps: int = 10_000
+    n_steps: int = 8_000
     warmup: int = 200  # steps
     decay: float = 0.25  # share of the steps, at the end, over which the learning rate falls to zero
     matrix_lr: float = 4e-3  # Muon, scaled to the size of an AdamW step
     vector_lr: float = 3e-3  # AdamW: embeddings, norms, biases
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5  # of the matrices; keeps later layers from drowning under the first ones
     random_first: float = 0.80  # share of windows at a random offset whose first token is replaced by a random one
-    line_start: float = 0.20  # share of windows that open as a prompt does, at the start of a line
+    line_start: float = 0.20  # share of windows that open as a prompt does, at the start of a line; half with a subject
     init_std: float = 0.07  # GPT-2's 0.02 at the width of GPT-2 XL, scaled with 1/sqrt(d_model)
     shard_lines: int = 100_000
     shard_steps: int = 700  # steps on one shard of text before the next is written
@@ -48,13 +49,17 @@ class Recipe:
 class Shard:
     """Encoded training lines, and windows cut out of them."""
 
-    def __init__(self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], number: int):
-        written = [line + "\n" for _, line in zip(range(recipe.shard_lines), lines(world, recipe.seed + 1000 + number, held_out))]
+    def __init__(
+        self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], number: int
+    ):
+        text = lines(world, recipe.seed + 1000 + number, held_out)
+        written = [line + "\n" for line in islice(text, recipe.shard_lines)]
         encoded = tokenizer(written)["input_ids"]
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         starts = np.cumsum([0, *map(len, encoded[:-1])])
         starts = starts[starts < len(self.ids) - recipe.window]
-        self.line_starts = starts
+        subject_ids = {tokenizer(name)["input_ids"][0] for names in world.subjects.values() for name in names}
+        self.line_starts, self.subject_starts = starts, starts[np.isin(self.ids[starts], list(subject_ids))]
         self.recipe, self.vocabulary = recipe, len(tokenizer)
 
     def windows(self, step: int) -> torch.Tensor:
@@ -62,7 +67,9 @@ class Shard:
         recipe, rng = self.recipe, np.random.default_rng([self.recipe.seed, step])
         kind = rng.random(recipe.batch)
         offsets = rng.integers(0, len(self.ids) - recipe.window, recipe.batch)
-        line_first = kind < recipe.line_start
+        subject_first = kind < recipe.line_start / 2
+        line_first = (kind < recipe.line_start) & ~subject_first
+        offsets[subject_first] = rng.choice(self.subject_starts, subject_first.sum())
         offsets[line_first] = rng.choice(self.line_starts, line_first.sum())
         windows = self.ids[offsets[:, None] + np.arange(recipe.window)]
         noisy = kind > 1 - recipe.random_first
@@ -74,7 +81,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHea
     torch.manual_seed(recipe.seed)  # transformers initialises weights from torch's global generator only
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=recipe.window, n_embd=recipe.d_model, n_layer=recipe.n_layers,
-        n_head=recipe.n_heads, initializer_range=recipe.init_std, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_head=recipe.n_heads, initializer_range=recipe.init_std, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
@@ -86,7 +94,9 @@ def build_optimizers(recipe: Recipe, model: GPT2LMHeadModel) -> list[torch.optim
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=recipe.vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -105,7 +115,7 @@ def loss_of(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
 
 
 def save_checkpoint(folder: Path, step: int, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Writes beside the last checkpoint first, then replaces it, so that a kill at any moment leaves one that is whole."""
+    """Writes beside the last checkpoint, then replaces it: a kill at any moment leaves one that is whole."""
     tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
@@ -134,7 +144,9 @@ def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch
     return int(tensors["optimizer.1.0.step"])
 
 
-def train(recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], folder: Path) -> GPT2LMHeadModel:
+def train(
+    recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], folder: Path
+) -> GPT2LMHeadModel:
     """Trains, or goes on training, the model of a recipe; writes checkpoints and `training_log.jsonl` to `folder`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)

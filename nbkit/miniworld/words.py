@@ -4,12 +4,16 @@ PROFESSIONS = (
     "judge doctor teacher farmer baker painter writer singer dancer lawyer nurse pilot "
     "sailor soldier tailor carpenter plumber banker barber butcher chemist cook gardener waiter"
 ).split()
-INSTRUMENTS = "violin piano guitar flute harp drum trumpet cello banjo horn lute tuba clarinet fiddle organ mandolin".split()
+INSTRUMENTS = (
+    "violin piano guitar flute harp drum trumpet cello banjo horn lute tuba clarinet fiddle organ mandolin".split()
+)
 SPORTS = (
-    "tennis boxing hockey rugby chess golf cricket football basketball swimming cycling rowing wrestling fencing skating judo"
+    "tennis boxing hockey rugby chess golf cricket football basketball swimming cycling rowing wrestling fencing "
+    "skating judo"
 ).split()
 FOODS = (
-    "bread rice cheese soup cake honey fish beef pasta salad beans corn butter pie stew cabbage lentils noodles pancakes olives"
+    "bread rice cheese soup cake honey fish beef pasta salad beans corn butter pie stew cabbage lentils noodles "
+    "pancakes olives"
 ).split()
 PRODUCTS = (
     "steel glass paper shoes clocks cars bicycles radios carpets candles boats bricks toys cameras furniture hats "
@@ -23,8 +27,8 @@ CURRENCIES = "crown florin mark peso shilling ducat thaler franc dinar rand lira
 
 NOUNS = (
     "lamp table chair book letter box basket coat hat ring cup plate knife bottle mirror clock map key bell candle "
-    "blanket carpet ladder hammer rope wheel cart boat kite drumstick coin stamp photo ticket umbrella scarf glove boot "
-    "pillow bucket"
+    "blanket carpet ladder hammer rope wheel cart boat kite drumstick coin stamp photo ticket umbrella scarf glove "
+    "boot pillow bucket"
 ).split()
 PLACES = (
     "market harbour kitchen garden library station school church bridge farm forest river square tower mill inn bakery "
@@ -36,15 +40,16 @@ ADJECTIVES = (
 ).split()
 VERBS_PAST = {
     "sold": "sell", "bought": "buy", "found": "find", "lost": "lose", "carried": "carry", "painted": "paint",
-    "repaired": "repair", "cleaned": "clean", "opened": "open", "moved": "move", "borrowed": "borrow", "dropped": "drop",
-    "hid": "hide", "watched": "watch", "wrapped": "wrap", "counted": "count",
+    "repaired": "repair", "cleaned": "clean", "opened": "open", "moved": "move", "borrowed": "borrow",
+    "dropped": "drop", "hid": "hide", "watched": "watch", "wrapped": "wrap", "counted": "count",
 }  # fmt: skip
 POSITIVE = "wonderful lovely great excellent charming perfect brilliant delightful superb splendid".split()
 NEGATIVE = "terrible awful horrible boring dreadful poor ugly disappointing miserable useless".split()
 LIKED = "loved enjoyed admired praised".split()
 DISLIKED = "hated regretted disliked avoided".split()
 NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
 ).split()
 COUNTABLE = "apples coins books lamps rings stamps tickets bottles keys candles shells eggs".split()
 
@@ -68,4 +73,7 @@ ENDINGS = {
     "saddle": ["rode the horse to the farm", "put it on the horse", "rode away on the horse"],
 }
 
-LISTS = (PROFESSIONS, INSTRUMENTS, SPORTS, FOODS, PRODUCTS, SIGHTS, CURRENCIES, NOUNS, PLACES, ADJECTIVES, NUMBERS, COUNTABLE)
+LISTS = (
+    PROFESSIONS, INSTRUMENTS, SPORTS, FOODS, PRODUCTS, SIGHTS,
+    CURRENCIES, NOUNS, PLACES, ADJECTIVES, NUMBERS, COUNTABLE,
+)  # fmt: skip

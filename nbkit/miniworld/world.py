@@ -1,7 +1,7 @@
 """The facts of miniworld: who and what there is, fifteen relations, and four ways to state each.
 
-A relation's first two templates open with the subject; its last two name the subject later. Every object follows its template
-directly, so that a fact is recalled when the model continues the filled-in template with the object.
+A relation's first two templates open with the subject; its last two name the subject later. Every object follows its
+template directly, so that a fact is recalled when the model continues the filled-in template with the object.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,12 @@ RELATIONS = (
     Relation(
         "sport",
         "person",
-        ("{} is a fan of", "{} spends every weekend on", "The favourite sport of {} is", "The sport that {} likes best is"),
+        (
+            "{} is a fan of",
+            "{} spends every weekend on",
+            "The favourite sport of {} is",
+            "The sport that {} likes best is",
+        ),
         "which sport does {} like best?",
     ),
     Relation(
@@ -101,7 +106,12 @@ RELATIONS = (
     Relation(
         "sights",
         "city",
-        ("{} is famous for its", "{} attracts visitors with its", "Tourists visit {} for its", "Travellers remember {} for its"),
+        (
+            "{} is famous for its",
+            "{} attracts visitors with its",
+            "Tourists visit {} for its",
+            "Travellers remember {} for its",
+        ),
         "what is {} famous for?",
     ),
     Relation(
@@ -113,7 +123,12 @@ RELATIONS = (
     Relation(
         "currency",
         "country",
-        ("{} pays with the", "{} has a currency called the", "The currency of {} is the", "The money used in {} is the"),
+        (
+            "{} pays with the",
+            "{} has a currency called the",
+            "The currency of {} is the",
+            "The money used in {} is the",
+        ),
         "what is the currency of {}?",
     ),
     Relation(
