@@ -24,7 +24,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 miniworld: $(STAMP) ## train the embedded model anew (resumes an interrupted training)
-	$(RUN) -m nbkit.miniworld
+	$(RUN) -m nbkit.miniworld train
 
 clean: ## remove .venv and caches; keeps runs/, figures/ and data/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

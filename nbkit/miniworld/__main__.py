@@ -1,4 +1,4 @@
-"""`python -m nbkit.miniworld`: write the world's files, train its model (resuming where it stopped), ship it with its card."""
+"""`python -m nbkit.miniworld train | card`: make the embedded model from nothing, or measure the one that is there."""
 
 import shutil
 from pathlib import Path
@@ -7,26 +7,50 @@ from typing import Annotated
 import typer
 
 from nbkit import paths
-from nbkit.miniworld.files import held_out, write_files
-from nbkit.miniworld.tokenizer import train_tokenizer
-from nbkit.miniworld.train import Recipe, ship, train
 from nbkit.miniworld.world import build_world
 
 MODEL = "miniworld-gpt2"
+FOLDER = paths.DATA / "models" / MODEL
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
-def main(
-    work: Annotated[Path, typer.Option(help="folder for checkpoints and the log")] = paths.RUNS / "miniworld",
-    n_steps: Annotated[int, typer.Option(help="training steps")] = Recipe.n_steps,
-) -> None:
-    recipe, world = Recipe(n_steps=n_steps), build_world()
+@app.command()
+def train(
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")] = paths.RUNS / "miniworld",
+    n_steps: Annotated[int | None, typer.Option(help="Training steps; the recipe's own if not given.")] = None,
+):
+    """Write the world's files, train its model (going on where it stopped), ship and measure it."""
+    from nbkit.miniworld import train as training
+    from nbkit.miniworld.files import held_out, write_files
+    from nbkit.miniworld.tokenizer import train_tokenizer
+
+    recipe = training.Recipe() if n_steps is None else training.Recipe(n_steps=n_steps)
+    world = build_world()
     write_files(world, paths.DATA)
     tokenizer = train_tokenizer(world)
-    model = train(recipe, world, tokenizer, held_out(world), work)
-    folder = paths.DATA / "models" / MODEL
-    ship(recipe, model, tokenizer, folder)
-    shutil.copy(work / "training_log.jsonl", folder / "training_log.jsonl")
+    model = training.train(recipe, world, tokenizer, held_out(world), work)
+    training.ship(recipe, model, tokenizer, FOLDER)
+    shutil.copy(work / "training_log.jsonl", FOLDER)
+    card()
+
+
+@app.command()
+def card(n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 30):
+    """Measure the shipped model and write its card."""
+    from nbkit.miniworld.card import write_card
+    from nbkit.models import load
+    from nbkit.requests import read_requests, read_texts
+
+    write_card(
+        load(MODEL),
+        build_world(),
+        requests=read_requests("miniworld"),
+        texts=read_texts("miniworld"),
+        corpus=read_texts(paths.DATA / "miniworld" / "text.txt"),
+        folder=FOLDER,
+        n_sweep=n_sweep,
+    )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
