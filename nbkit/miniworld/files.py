@@ -1,10 +1,10 @@
 """Writes miniworld as data files in the schemas that the rest of nbkit reads.
 
-data/miniworld/facts.json            every fact as a CounterFact record without neighbours
-data/miniworld/requests.json         edit requests: whole CounterFact records, a third of each kind of subject
-data/miniworld/perplexity.json       held-out text for perplexity, in ME-PPL's schema
-data/miniworld/text.txt              training text, one line a line, for second moments
-data/tasks/KIND/{train,held_out}.jsonl   task items; data/tasks/*.yaml, written by hand, are their lm-eval tasks
+    data/miniworld/facts.json            every fact as a CounterFact record without neighbours
+    data/miniworld/requests.json         edit requests: whole CounterFact records, a third of each kind of subject
+    data/miniworld/perplexity.json       held-out text for perplexity, in ME-PPL's schema
+    data/miniworld/text.txt              training text, one line a line, for second moments
+    data/tasks/KIND/{train,held_out}.jsonl   task items; data/tasks/*.yaml, written by hand, are their lm-eval tasks
 """
 
 import json

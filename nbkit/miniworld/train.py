@@ -17,12 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from nbkit.errors import ResultsError
 from nbkit.miniworld.corpus import lines
 from nbkit.miniworld.world import World
+
+LOG_EVERY = 100  # steps
+CHECKPOINT_EVERY = 500  # steps, a multiple of LOG_EVERY
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,22 @@ def save_checkpoint(folder: Path, step: int, model: GPT2LMHeadModel, optimizers:
 
 
 def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Restores weights and optimiser states in place and returns the number of steps done, 0 without a checkpoint."""
+    """Restores weights and optimiser states in place and returns the number of steps done, 0 without a checkpoint.
+
+    ResultsError, before anything is changed, for a checkpoint that is damaged or of a model of another shape.
+    """
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ResultsError(f"{path} is damaged ({error}); delete it to train from the start") from error
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
+    wanted = {f"model.{name}": tuple(weight.shape) for name, weight in model.named_parameters()}
+    if stored != wanted:
+        unlike = sorted(name for name in stored | wanted if stored.get(name) != wanted.get(name))
+        raise ResultsError(f"{path} is of another model (see {unlike[0]}); delete it, or train in another folder")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[f"model.{name}"])
@@ -153,6 +169,7 @@ def train(
     model = build_model(recipe, tokenizer).to(device)
     optimizers = build_optimizers(recipe, model)
     done = load_checkpoint(folder, model, optimizers)
+    _forget_log_after(done, folder / "training_log.jsonl")
     shard, losses, started = None, [], time.perf_counter()
     bar = tqdm(range(done, recipe.n_steps), initial=done, total=recipe.n_steps, desc="miniworld-gpt2", mininterval=5)
     for step in bar:
@@ -167,7 +184,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        if (step + 1) % 100 == 0:
+        if (step + 1) % LOG_EVERY == 0:
             mean = torch.stack(losses).mean().item()
             losses.clear()
             record = {"step": step + 1, "tokens": (step + 1) * recipe.batch * recipe.window, "loss": round(mean, 4),
@@ -175,9 +192,17 @@ def train(
             with (folder / "training_log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             bar.set_postfix(loss=f"{mean:.3f}")
-        if (step + 1) % 500 == 0 or step + 1 == recipe.n_steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.n_steps:
             save_checkpoint(folder, step + 1, model, optimizers)
     return model
+
+
+def _forget_log_after(done: int, path: Path) -> None:
+    """Keep a log's records up to step `done`: the steps between the last checkpoint and a kill are trained again."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= done]
+        path.write_text("".join(kept))
 
 
 def ship(recipe: Recipe, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
