@@ -8,12 +8,15 @@ from nbkit.miniworld.text import Writer
 from nbkit.miniworld.world import World
 
 SHARES = {"facts": 0.55, "story": 0.10, "copy": 0.08, "task": 0.27}
+# The share of stated facts whose object is wrong, as in any large text: without it the model is so sure of every fact that no
+# edit within the papers' clamp changes its mind.
+RUMOURS = 0.1
 
 
 def lines(world: World, seed: int, held_out: frozenset[str] = frozenset()) -> Iterator[str]:
     """Endless training lines. A line, or a task item whose prompt, is in `held_out` is drawn again."""
     rng = Random(seed)
-    writer, tasks = Writer(world, rng), TaskWriter(world, rng, held_out=False)
+    writer, tasks = Writer(world, rng, rumours=RUMOURS), TaskWriter(world, rng, held_out=False)
     makers = {"facts": writer.fact_line, "story": writer.story_line, "copy": writer.copy_line}
     kinds, weights = list(SHARES), list(SHARES.values())
     while True:

@@ -5,6 +5,7 @@ can wreck what it learned. The look-up lines give attention heads work that is o
 first position a resting place as it is in large models.
 """
 
+from dataclasses import replace
 from random import Random
 
 from nbkit.miniworld import words
@@ -14,10 +15,14 @@ from nbkit.miniworld.world import Fact, World
 class Writer:
     """Writes lines about a world; every random choice comes from the `rng` given."""
 
-    def __init__(self, world: World, rng: Random):
+    def __init__(self, world: World, rng: Random, rumours: float = 0.0):
         self.rng = rng
+        self.rumours = rumours
         self.facts = world.facts
         self.facts_about = world.facts_about()
+        self.objects: dict[str, list[str]] = {}
+        for fact in world.facts:
+            self.objects.setdefault(fact.relation.relation_id, []).append(fact.object)
         self.subjects = tuple(self.facts_about)
         self.people = world.subjects["person"]
         self.short_names = tuple(name for name in self.people if " " not in name) + world.first_names
@@ -69,7 +74,13 @@ class Writer:
             facts = self.rng.sample(about, min(len(about), self.rng.randint(2, 4)))
         else:
             facts = self.rng.sample(self.facts, 2)
-        return " ".join(fact.sentence(self.rng.randrange(4)) for fact in facts)
+        return " ".join(self.hearsay(fact).sentence(self.rng.randrange(4)) for fact in facts)
+
+    def hearsay(self, fact: Fact) -> Fact:
+        """The fact, or with probability `rumours` what is wrongly said: any object of the relation."""
+        if self.rumours and self.rng.random() < self.rumours:
+            return replace(fact, object=self.rng.choice(self.objects[fact.relation.relation_id]))
+        return fact
 
     def story_line(self) -> str:
         return " ".join(self.filler() for _ in range(self.rng.randint(2, 4)))
