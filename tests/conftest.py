@@ -134,6 +134,22 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def world():
+    """miniworld, as it is shipped."""
+    from nbkit.miniworld.world import build_world
+
+    return build_world()
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer(world) -> PreTrainedTokenizerFast:
+    """The tokenizer of miniworld, trained anew: a few seconds."""
+    from nbkit.miniworld.tokenizer import train_tokenizer
+
+    return train_tokenizer(world)
+
+
 def tiny_lm(kind: str, dtype: torch.dtype | None = None, seed: int = 0, **config) -> LanguageModel:
     """A random model of one architecture with biases and norms that are not trivial."""
     dtype = dtype or (torch.float64 if ARCHITECTURES[kind].float64 else torch.float32)

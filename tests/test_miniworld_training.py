@@ -1,0 +1,209 @@
+"""The training recipe, and the model that it made and that the project ships."""
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import nbkit
+from nbkit import paths
+from nbkit.errors import NbkitError
+from nbkit.metrics import score_targets
+from nbkit.miniworld import train as training
+from nbkit.miniworld.train import Recipe, Shard, build_model, schedule, ship, train
+
+TINY = Recipe(
+    n_layers=2, d_model=32, n_heads=2, window=16, batch=4, n_steps=12, warmup=3, shard_lines=200, shard_steps=8
+)
+SHIPPED = paths.DATA / "models" / "miniworld-gpt2"
+needs_the_model = pytest.mark.skipif(
+    not SHIPPED.is_dir(), reason="data/models/miniworld-gpt2 is not there yet: `make miniworld` trains it"
+)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Checkpoints and log records every few steps."""
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
+
+
+@pytest.fixture(scope="module")
+def shard(world, world_tokenizer) -> Shard:
+    return Shard(Recipe(shard_lines=3000, window=32, batch=500), world, world_tokenizer, frozenset(), 0)
+
+
+def log_of(folder) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C in the middle of a step, counted from now."""
+    left, loss_of = iter(range(step)), training.loss_of
+
+    def interrupted(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(training, "loss_of", interrupted)
+
+
+@pytest.mark.parametrize("step", [2, 6, 9])  # before the first checkpoint; within a shard; after its end
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
+    world, world_tokenizer, tmp_path, monkeypatch, often, step
+):
+    whole = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patched, step)
+        train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
+    resumed = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
+    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert [record["step"] for record in log_of(tmp_path / "cut")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_finished_training_is_not_repeated(world, world_tokenizer, tmp_path, monkeypatch, often):
+    first = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
+    interrupt_at(monkeypatch, 0)
+    again = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_training_lowers_the_loss(world, world_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOG_EVERY", 20)
+    train(replace(TINY, n_steps=40, shard_steps=40), world, world_tokenizer, frozenset(), tmp_path)
+    first, last = [record["loss"] for record in log_of(tmp_path)]
+    assert last < first - 0.2
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_damaged_checkpoint_is_named(world, world_tokenizer, tmp_path, often, size):
+    train(TINY, world, world_tokenizer, frozenset(), tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is damaged .* delete it"):
+        train(TINY, world, world_tokenizer, frozenset(), tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 3}, {"n_layers": 1}])
+def test_a_checkpoint_of_another_model_is_refused(world, world_tokenizer, tmp_path, often, other):
+    train(replace(TINY, n_steps=1), world, world_tokenizer, frozenset(), tmp_path)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another model \(see model\.transformer"):
+        train(replace(TINY, **other), world, world_tokenizer, frozenset(), tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    recipe = Recipe(n_steps=100, warmup=10, decay=0.25)
+    rates = [schedule(recipe, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[9:76] == [1.0] * 67
+    assert rates[75:] == pytest.approx([step / 25 for step in range(25, 0, -1)])
+
+
+def test_windows_open_as_the_recipe_says(shard):
+    """Most windows open with a random token; the rest with a line, half of those at least with a subject."""
+    recipe, ids = shard.recipe, shard.ids
+    n = 12  # tokens that tell a place in the text from nearly all others
+    places = defaultdict(list)
+    for place in range(len(ids) - recipe.window):
+        places[ids[place + 1 : place + 1 + n].tobytes()].append(place)
+    changed, at_line_start, at_subject = [], [], []
+    for window in np.concatenate([shard.windows(step).numpy() for step in range(4)]):
+        found = [p for p in places[window[1 : 1 + n].tobytes()] if (ids[p + 1 : p + len(window)] == window[1:]).all()]
+        assert found, "the window is not of the text"
+        kept = [place for place in found if ids[place] == window[0]]
+        changed.append(not kept)
+        if kept:
+            at_line_start.append(np.isin(kept, shard.line_starts).any())
+            at_subject.append(np.isin(kept, shard.subject_starts).any())
+    margin = 4 * np.sqrt(0.2 * 0.8 / len(changed))
+    assert np.mean(changed) == pytest.approx(recipe.random_first, abs=margin)
+    assert np.mean(at_line_start) > 0.98  # a random token may be the right one by chance
+    assert 0.5 < np.mean(at_subject) < 1
+
+
+def test_lines_start_where_they_should(shard, world, world_tokenizer):
+    texts = world_tokenizer.batch_decode([shard.ids[start : start + 12] for start in shard.line_starts[:500]])
+    before = world_tokenizer.batch_decode([[shard.ids[start - 1]] for start in shard.line_starts[1:500]])
+    assert all(text.endswith("\n") for text in before)
+    assert not any(text.startswith((" ", "\n")) for text in texts)
+    names = tuple(name for names in world.subjects.values() for name in names)
+    opening = world_tokenizer.batch_decode([shard.ids[start : start + 8] for start in shard.subject_starts])
+    assert np.mean([text.startswith(names) for text in opening]) > 0.5  # the rest share a subject's first piece
+
+
+def test_windows_depend_on_seed_and_step_only(shard, world, world_tokenizer):
+    again = Shard(shard.recipe, world, world_tokenizer, frozenset(), 0)
+    assert torch.equal(again.windows(3), shard.windows(3))
+    assert not torch.equal(shard.windows(3), shard.windows(4))
+    other = Shard(shard.recipe, world, world_tokenizer, frozenset(), 1)
+    assert not np.array_equal(other.ids[:1000], shard.ids[:1000])
+
+
+def test_a_shipped_folder_is_float16_and_loads(world_tokenizer, tmp_path):
+    model = build_model(TINY, world_tokenizer)
+    expected = {name: weight.detach().half() for name, weight in model.named_parameters()}
+    ship(TINY, model, world_tokenizer, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    lm = nbkit.load(tmp_path, device="cpu")
+    for name, weight in lm.model.named_parameters():
+        assert weight.dtype == torch.float32 and torch.equal(weight, expected[name].float()), name
+    assert lm.tokenizer.backend_tokenizer.to_str() == world_tokenizer.backend_tokenizer.to_str()
+    assert Recipe(**json.loads((tmp_path / "recipe.json").read_text())) == TINY
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return nbkit.load("miniworld-gpt2", device="cpu")
+
+
+@needs_the_model
+def test_the_shipped_model_is_a_small_gpt2(shipped):
+    assert shipped.config.model_type == "gpt2" and shipped.n_layers == shipped.config.n_layer
+    files = list(SHIPPED.glob("*.safetensors"))
+    assert [path.name for path in files] == ["model.safetensors"] and files[0].stat().st_size <= 10e6
+    with safe_open(files[0], "pt") as stored:
+        assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"F16"}
+    assert shipped.config.vocab_size == len(shipped.tokenizer)
+
+
+@needs_the_model
+def test_the_shipped_tokenizer_is_the_world_s(shipped, world, world_tokenizer):
+    expected, found = (json.loads(t.backend_tokenizer.to_str()) for t in (world_tokenizer, shipped.tokenizer))
+    assert found["model"]["vocab"] == expected["model"]["vocab"]
+    assert found["model"]["merges"] == expected["model"]["merges"]
+    names = [fact.sentence(0) for fact in world.facts[::50]]
+    assert shipped.tokenizer(names).input_ids == world_tokenizer(names).input_ids
+
+
+@needs_the_model
+def test_the_shipped_model_comes_with_recipe_log_and_card():
+    recipe = json.loads((SHIPPED / "recipe.json").read_text())
+    log = log_of(SHIPPED)
+    assert log[-1]["step"] == recipe["n_steps"] and log[-1]["loss"] < log[0]["loss"]
+    assert [record["step"] for record in log] == sorted({record["step"] for record in log})
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    for section in ("## What it knows", "## The first position, by layer", "## Where edits break it"):
+        body = card.split(section)[1].split("\n## ")[0]
+        assert any(line.startswith("| ") and "0." in line for line in body.splitlines()), f"no numbers in {section}"
+    assert "$" not in card  # a number that was not filled in
+
+
+@needs_the_model
+def test_the_shipped_model_knows_its_facts(shipped, world):
+    facts = random.Random(0).sample(world.facts, 300)
+    prompts = [template.replace("{}", fact.subject) for fact in facts for template in fact.relation.templates]
+    targets = [fact.object for fact in facts for _ in fact.relation.templates]
+    assert len(prompts) == 1200
+    assert score_targets(shipped, prompts, targets)["correct"].mean() >= 0.9
