@@ -1,0 +1,170 @@
+"""Task scores through lm-eval, in this process, on the weights as they are."""
+
+import json
+import math
+import os
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nbkit import paths
+from nbkit.edits import Edit, LowRank, applied
+from nbkit.errors import NbkitError
+from nbkit.miniworld.tasks import KINDS
+from nbkit.models import LanguageModel
+from nbkit.prompts import target_ids
+from nbkit.tasks import TASKS, task_names, task_scores
+
+COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "n"]
+N = 12
+
+
+@pytest.fixture(scope="module")
+def lm(world_tokenizer) -> LanguageModel:
+    """A tiny random model that reads with the world's tokenizer. The keys of its last layer are positive."""
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=len(world_tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, **special)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    torch.nn.init.constant_(model.transformer.h[-1].mlp.c_fc.bias, 3.0)
+    return LanguageModel.wrap(model, world_tokenizer, "tiny-miniworld")
+
+
+@pytest.fixture(scope="module")
+def scores(lm):
+    """All ten tasks on a few items, of the model as it is."""
+    return task_scores(lm, limit=N)
+
+
+def description(name: str) -> dict:
+    class Loader(yaml.SafeLoader):
+        """Reads a task file; `!function` stays the name it is."""
+
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    return yaml.load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
+
+
+def items(name: str, split: str = "held_out") -> list[dict]:
+    return [json.loads(line) for line in (TASKS / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def always(lm: LanguageModel, word: str) -> Edit:
+    """An edit after which the model's first choice is `word`, whatever it reads."""
+    (token,) = target_ids(lm, word)
+    prompts = lm.tokenizer(["text: a", "question: who", "review: the old lamp"], return_tensors="pt", padding=True)
+    left = 1e4 * lm.model.lm_head.weight[token].detach()[:, None].clone()
+    edit = Edit({lm.weight_name(lm.n_layers - 1): LowRank(left, torch.ones(1, lm.d_mlp))})
+    with applied(lm, edit):
+        assert (lm.model(**prompts).logits.argmax(-1) == token).all()
+    return edit
+
+
+def test_every_kind_of_task_has_a_file():
+    assert set(task_names()) == set(KINDS) and len(KINDS) == 10
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_task_is_read_from_its_held_out_items(name):
+    task = description(name)
+    assert task["task"] == name and task["dataset_kwargs"]["data_files"]["test"] == f"{name}/held_out.jsonl"
+    assert task["metadata"]["kind"] and 0 < task["metadata"]["chance"] < 1
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if description(name)["output_type"] == "multiple_choice"])
+def test_chance_among_choices_is_one_over_their_number(name):
+    for split in ("train", "held_out"):
+        numbers = {len(item["choices"]) for item in items(name, split)}
+        assert numbers == {round(1 / description(name)["metadata"]["chance"])}
+        gold = Counter(item["gold"] for item in items(name, split))
+        (expected,) = {len(items(name, split)) / number for number in numbers}
+        assert all(abs(count - expected) < 4 * math.sqrt(expected) for count in gold.values())  # no place is favoured
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "answer" in items(name)[0] and name != "summarisation"])
+def test_one_answer_to_everything_does_no_better_than_chance(name):
+    answers = Counter(item["answer"] for item in items(name))
+    chance, n = description(name)["metadata"]["chance"], answers.total()
+    assert answers.most_common(1)[0][1] / n <= chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+
+def test_a_row_a_task(scores):
+    assert list(scores.columns) == COLUMNS
+    assert list(scores["task"]) == task_names()
+    assert (scores["n"] == N).all() and scores["kind"].is_unique
+    assert scores["score"].between(0, 1).all() and scores[["stderr", "chance"]].notna().all(axis=None)
+    for row in scores.itertuples():
+        assert row.chance == description(row.task)["metadata"]["chance"]
+        assert row.metric == description(row.task)["metric_list"][0]["metric"]
+
+
+def test_the_same_weights_give_the_same_scores(lm, scores):
+    chosen = ["sentiment", "ner"]
+    again = task_scores(lm, chosen, limit=N)
+    expected = scores.set_index("task").loc[chosen].reset_index()[COLUMNS]
+    assert again.equals(expected)  # and in the order asked for
+
+
+@pytest.mark.parametrize("name, right, wrong", [("closed_qa", "yes", "no"), ("nli", "false", "true")])
+def test_a_model_that_always_says_one_thing_scores_its_share(lm, name, right, wrong):
+    """So the score is of the weights as they are, and of nothing remembered."""
+    share = sum(item["choices"][item["gold"]] == right for item in items(name)[:N]) / N
+    before = {key: weight.clone() for key, weight in lm.model.state_dict().items()}
+    found = []
+    for word in (right, wrong):
+        with applied(lm, always(lm, word)):
+            found.append(task_scores(lm, [name], limit=N)["score"].item())
+    assert found == pytest.approx([share, 1 - share])
+    assert all(torch.equal(before[key], weight) for key, weight in lm.model.state_dict().items())
+
+
+def test_the_last_word_counts_only_as_the_first_choice(lm):
+    answers = Counter(item["answer"] for item in items("last_word")[:N])
+    word, count = answers.most_common(1)[0]
+    with applied(lm, always(lm, word)):
+        assert task_scores(lm, ["last_word"], limit=N)["score"].item() == pytest.approx(count / N)
+
+
+def test_scores_come_back_after_an_edit(lm, scores):
+    name = ["completion", "last_word"]
+    with applied(lm, always(lm, "lamp")):
+        task_scores(lm, name, limit=N)
+    again = task_scores(lm, name, limit=N)
+    assert again.equals(scores.set_index("task").loc[name].reset_index()[COLUMNS])
+
+
+def test_a_broken_model_still_gets_a_score(lm):
+    """Logits that are all NaN: an edit may go that far, and a study must not die of it."""
+    edit = Edit({lm.weight_name(0): LowRank(torch.full((lm.d_model, 1), torch.nan), torch.ones(1, lm.d_mlp))})
+    with applied(lm, edit):
+        rows = task_scores(lm, limit=4)
+    assert (rows["n"] == 4).all() and rows["score"].between(0, 1).all()
+    assert rows.set_index("task").loc[["ner", "open_qa", "reasoning", "last_word"], "score"].eq(0).all()
+
+
+def test_an_unknown_task_lists_the_known(lm):
+    with pytest.raises(NbkitError, match=r"unknown tasks \['sentimant'\]; .*tasks has closed_qa, completion, dialogue"):
+        task_scores(lm, ["sentiment", "sentimant"])
+
+
+def test_a_folder_without_tasks_is_an_error(lm, tmp_path):
+    with pytest.raises(NbkitError, match="no task files"):
+        task_scores(lm, include_path=tmp_path)
+
+
+def test_it_runs_from_any_folder_and_offline(lm, scores, tmp_path, monkeypatch):
+    from nbkit.tasks import _load
+
+    _load.cache_clear()  # as in a fresh process
+    monkeypatch.chdir(tmp_path)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    found = task_scores(lm, ["dialogue", "summarisation"], limit=N)
+    assert found.equals(scores.set_index("task").loc[["dialogue", "summarisation"]].reset_index()[COLUMNS])
+    assert os.getcwd() == os.path.realpath(tmp_path)
+
+
+def test_the_tasks_are_where_the_data_are():
+    assert TASKS == paths.DATA / "tasks"
