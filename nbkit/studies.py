@@ -74,7 +74,7 @@ class _Setting:
     def metrics_of(self, request: EditRequest, reference: dict, prefixed: bool = False) -> dict[str, float]:
         """The edit metrics of one request on the model as it is, `_prefixed` ones too if asked for.
 
-        Those ask the rewrite prompt behind one of the sampled prefixes, as in The Fall of ROME (papers.md §3.3); which
+        Those ask the rewrite prompt behind one of the sampled prefixes, as in The Fall of ROME; which
         one is drawn by the request's content.
         """
         (row,) = measure.edit_metrics(self.lm, [request], reference).drop(columns="case_id").to_dict("records")

@@ -22,9 +22,10 @@ LATER = 8  # a position that is no longer near the first; queries before it have
 def recall(lm: LanguageModel, world: World, batch_size: int = 256) -> pd.DataFrame:
     """Whether the model's first choice after each template of each fact is its object, the prompt standing alone.
 
-    One row a fact and template: relation_id, template, prompt (how it opens), correct.
+    One row a fact and template: relation_id, template, subject_kind, correct.
     """
-    single = set(world.single_token_names)
+    subjects = list(world.facts_about())
+    single = {subject for subject, ids in zip(subjects, tokenize(lm, subjects), strict=True) if len(ids) == 1}
     rows, prompts, targets = [], [], []
     for fact in world.facts:
         for number, template in enumerate(fact.relation.templates):

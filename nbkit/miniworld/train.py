@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -37,18 +37,23 @@ class Recipe:
     n_heads: int = 4
     window: int = 256  # tokens
     batch: int = 12  # windows a step
-    n_steps: int = 7_000
+    n_steps: int = 4_600
+    muon_steps: int = 2_000  # the first steps, in which Muon learns the facts; AdamW, in the rest, makes position 0 a sink
     warmup: int = 200  # steps
     decay: float = 0.25  # share of the steps, at the end, over which the learning rate falls to zero
     matrix_lr: float = 4e-3  # Muon, scaled to the size of an AdamW step
-    vector_lr: float = 3e-3  # AdamW: embeddings, norms, biases
+    adam_lr: float = 3e-3  # AdamW: embeddings, norms and biases, and in the later steps everything
     weight_decay: float = 0.1  # of the matrices
-    random_first: float = 0.80  # share of windows at a random offset whose first token is replaced by a random one
     line_start: float = 0.20  # share of windows that open as a prompt does, at the start of a line; half with a subject
+    line_start_late: float = 0.08  # the same in the steps after muon_steps; all other windows start anywhere,
+    #                                their first token replaced by a random one
     init_std: float = 0.07  # GPT-2's 0.02 at the width of GPT-2 XL, scaled with 1/sqrt(d_model)
     shard_lines: int = 100_000
     shard_steps: int = 700  # steps on one shard of text before the next is written
     seed: int = 0
+
+    def line_start_at(self, step: int) -> float:
+        return self.line_start if step < self.muon_steps else self.line_start_late
 
 
 class Shard:
@@ -70,14 +75,14 @@ class Shard:
     def windows(self, step: int) -> torch.Tensor:
         """(batch, window) token ids of one training step."""
         recipe, rng = self.recipe, np.random.default_rng([self.recipe.seed, step])
-        kind = rng.random(recipe.batch)
+        kind, line_start = rng.random(recipe.batch), recipe.line_start_at(step)
         offsets = rng.integers(0, len(self.ids) - recipe.window, recipe.batch)
-        subject_first = kind < recipe.line_start / 2
-        line_first = (kind < recipe.line_start) & ~subject_first
+        subject_first = kind < line_start / 2
+        line_first = (kind < line_start) & ~subject_first
         offsets[subject_first] = rng.choice(self.subject_starts, subject_first.sum())
         offsets[line_first] = rng.choice(self.line_starts, line_first.sum())
         windows = self.ids[offsets[:, None] + np.arange(recipe.window)]
-        noisy = kind > 1 - recipe.random_first
+        noisy = kind >= line_start
         windows[noisy, 0] = rng.integers(0, self.vocabulary, noisy.sum())
         return torch.from_numpy(windows)
 
@@ -93,23 +98,24 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHea
     return GPT2LMHeadModel(config)
 
 
-def build_optimizers(recipe: Recipe, model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices inside the blocks, AdamW for everything else."""
+def build_optimizers(recipe: Recipe, model: GPT2LMHeadModel, step: int) -> list[torch.optim.Optimizer]:
+    """For the weight matrices inside the blocks, Muon or later AdamW with weight decay; AdamW for everything else."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".h." in name]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=recipe.vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    betas, decay = (0.9, 0.95), recipe.weight_decay
+    if step < recipe.muon_steps:
+        inner = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    else:
+        inner = torch.optim.AdamW(matrices, lr=recipe.adam_lr, betas=betas, weight_decay=decay)
+    return [inner, torch.optim.AdamW(others, lr=recipe.adam_lr, betas=betas, weight_decay=0.0)]
 
 
 def schedule(recipe: Recipe, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero."""
+    """Share of the peak learning rate: linear warm-up of each optimiser, constant, linear fall to zero."""
     decay_steps = recipe.decay * recipe.n_steps
-    return min(1.0, (step + 1) / recipe.warmup, (recipe.n_steps - step) / decay_steps)
+    since = step if step < recipe.muon_steps else step - recipe.muon_steps
+    return min(1.0, (since + 1) / recipe.warmup, (recipe.n_steps - step) / decay_steps)
 
 
 def loss_of(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
@@ -130,15 +136,17 @@ def save_checkpoint(folder: Path, step: int, model: GPT2LMHeadModel, optimizers:
     partial.replace(folder / "checkpoint.safetensors")
 
 
-def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Restores weights and optimiser states in place and returns the number of steps done, 0 without a checkpoint.
+def load_checkpoint(recipe: Recipe, folder: Path, model: GPT2LMHeadModel) -> tuple[int, list[torch.optim.Optimizer]]:
+    """Restores the weights in place; returns the number of steps done, 0 without a checkpoint, and the optimisers.
 
     ResultsError, before anything is changed, for a checkpoint that is damaged or of a model of another shape.
     """
     path = folder / "checkpoint.safetensors"
     if not path.exists():
-        return 0
+        return 0, build_optimizers(recipe, model, 0)
     try:
+        with safe_open(path, "pt") as file:
+            done = int(file.metadata()["step"])
         tensors = load_file(path)
     except SafetensorError as error:
         raise ResultsError(f"{path} is damaged ({error}); delete it to train from the start") from error
@@ -150,6 +158,9 @@ def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[f"model.{name}"])
+    optimizers = build_optimizers(recipe, model, done)
+    if done == recipe.muon_steps:
+        return done, optimizers  # AdamW starts afresh
     for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
@@ -157,7 +168,7 @@ def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: list[torch
                 index, name = key.split(".", 3)[2:]
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(tensors["optimizer.1.0.step"])
+    return done, optimizers
 
 
 def train(
@@ -167,16 +178,17 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, tokenizer).to(device)
-    optimizers = build_optimizers(recipe, model)
-    done = load_checkpoint(folder, model, optimizers)
+    done, optimizers = load_checkpoint(recipe, folder, model)
     _forget_log_after(done, folder / "training_log.jsonl")
     shard, losses, started = None, [], time.perf_counter()
     bar = tqdm(range(done, recipe.n_steps), initial=done, total=recipe.n_steps, desc="miniworld-gpt2", mininterval=5)
     for step in bar:
         if shard is None or step % recipe.shard_steps == 0:
             shard = Shard(recipe, world, tokenizer, held_out, step // recipe.shard_steps)
-        for optimizer, peak in zip(optimizers, (recipe.matrix_lr, recipe.vector_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = peak * schedule(recipe, step)
+        if step == recipe.muon_steps:
+            optimizers = build_optimizers(recipe, model, step)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule(recipe, step)
         loss = loss_of(model, shard.windows(step).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
