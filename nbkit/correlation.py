@@ -41,15 +41,17 @@ def spearman(perplexity, score, seed: int = 0, n_resamples: int = 2000) -> Corre
     n = len(score)
     if n < 3 or np.ptp(score) == 0 or (perplexity == perplexity[0]).all():
         return Correlation(np.nan, np.nan, np.nan, n)
-    resampled = stats.bootstrap(
-        (stats.rankdata(perplexity), score),
-        _rho,
-        paired=True,
-        vectorized=False,
-        n_resamples=n_resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():  # that some resamples have no rho is dealt with below
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        resampled = stats.bootstrap(
+            (stats.rankdata(perplexity), score),
+            _rho,
+            paired=True,
+            vectorized=False,
+            n_resamples=n_resamples,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
     return Correlation(_rho(perplexity, score), float(low), float(high), n)
 

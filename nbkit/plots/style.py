@@ -137,7 +137,9 @@ def log_axis(axis: Axis) -> None:
         axis.set_major_formatter(LogFormatterMathtext())
         axis.set_minor_formatter(NullFormatter())
         return
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high - low >= 0.6 else MaxNLocator(5))
+    narrow = axis.axis_name == "x" and axis.axes.bbox.width < 1.6 * axis.axes.figure.dpi  # no room for many numbers
+    subs, n_ticks = ((1, 3), 3) if narrow else ((1, 2, 5), 5)
+    axis.set_major_locator(LogLocator(subs=subs) if high - low >= 0.6 else MaxNLocator(n_ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
@@ -145,9 +147,14 @@ def log_axis(axis: Axis) -> None:
 def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> None:
     """A legend over the axes (and over its title of so many lines), where it hides no data."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
-    lift = ScaledTranslation(0, title_lines * 11 / 72, ax.figure.dpi_scale_trans)
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=ax.transAxes + lift,
-              ncols=ncols, borderaxespad=0.3)  # fmt: skip
+    above = ax.transAxes + _lift(ax, title_lines)
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=above, ncols=ncols,
+              borderaxespad=0.3)  # fmt: skip
+
+
+def _lift(ax: Axes, lines: int) -> ScaledTranslation:
+    """Upwards by so many lines of a title."""
+    return ScaledTranslation(0, lines * 11 / 72, ax.figure.dpi_scale_trans)
 
 
 def shared_legend(fig: Figure, axes: Iterable[Axes], ncols: int = 4) -> None:
@@ -162,9 +169,12 @@ def shared_legend(fig: Figure, axes: Iterable[Axes], ncols: int = 4) -> None:
 
 
 def label_panels(axes: Iterable[Axes]) -> None:
-    """(a), (b), (c) ... at the top left corner of the panels."""
+    """(a), (b), (c) ... at the top left corner of the panels, below the legend of a panel that has one."""
     for number, ax in enumerate(axes):
         ax.set_title(f"({chr(ord('a') + number)})", loc="left", fontweight="bold")
+        legend = ax.get_legend()
+        if legend is not None and not ax.get_title("right"):  # with a title the legend stands above that already
+            legend.set_bbox_to_anchor((0.5, 1.0), ax.transAxes + _lift(ax, lines=1))
 
 
 def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None = None) -> list[Path]:
