@@ -13,8 +13,14 @@ SHARES = {"facts": 0.55, "story": 0.10, "copy": 0.08, "task": 0.27}
 RUMOURS = 0.1
 
 
-def lines(world: World, seed: int, held_out: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Endless training lines. A line, or a task item whose prompt, is in `held_out` is drawn again."""
+def lines(
+    world: World, seed: int, held_out: frozenset[str] = frozenset(), broken_off: float = 0.0
+) -> Iterator[str]:
+    """Endless training lines. A line, or a task item whose prompt, is in `held_out` is drawn again.
+
+    broken_off: the share of lines that come after the first few words of another line and a full stop, as a prompt
+    comes after a context template. Text that never breaks off would make such prompts look like no text at all.
+    """
     rng = Random(seed)
     writer, tasks = Writer(world, rng, rumours=RUMOURS), TaskWriter(world, rng, held_out=False)
     makers = {"facts": writer.fact_line, "story": writer.story_line, "copy": writer.copy_line}
@@ -23,5 +29,9 @@ def lines(world: World, seed: int, held_out: frozenset[str] = frozenset()) -> It
         kind = rng.choices(kinds, weights)[0]
         item = None if kind in makers else KINDS[rng.choice(list(KINDS))](tasks)
         line = makers[kind]() if item is None else training_line(item)
-        if (line if item is None else item["prompt"]) not in held_out:
-            yield line
+        if (line if item is None else item["prompt"]) in held_out:
+            continue
+        if broken_off and rng.random() < broken_off:
+            words = rng.choice(list(makers.values()))().split(" ")
+            line = f"{' '.join(words[: rng.randint(2, 9)])}. {line}"
+        yield line

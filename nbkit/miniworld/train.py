@@ -37,8 +37,10 @@ class Recipe:
     n_heads: int = 4
     window: int = 256  # tokens
     batch: int = 12  # windows a step
-    n_steps: int = 4_600
+    n_steps: int = 5_200
     muon_steps: int = 2_000  # the first steps, in which Muon learns the facts; AdamW, in the rest, makes position 0 a sink
+    broken_off_from: int = 3_500  # the step from which some lines come after a broken-off one
+    broken_off: float = 0.25  # the share of these lines from then on
     warmup: int = 200  # steps
     decay: float = 0.25  # share of the steps, at the end, over which the learning rate falls to zero
     matrix_lr: float = 4e-3  # Muon, scaled to the size of an AdamW step
@@ -62,7 +64,8 @@ class Shard:
     def __init__(
         self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], number: int
     ):
-        text = lines(world, recipe.seed + 1000 + number, held_out)
+        broken_off = recipe.broken_off if number * recipe.shard_steps >= recipe.broken_off_from else 0.0
+        text = lines(world, recipe.seed + 1000 + number, held_out, broken_off)
         written = [line + "\n" for line in islice(text, recipe.shard_lines)]
         encoded = tokenizer(written)["input_ids"]
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
