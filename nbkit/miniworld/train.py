@@ -37,7 +37,7 @@ class Recipe:
     n_heads: int = 4
     window: int = 256  # tokens
     batch: int = 12  # windows a step
-    n_steps: int = 5_200
+    n_steps: int = 5_700
     muon_steps: int = 2_000  # the first steps, in which Muon learns the facts; AdamW, in the rest, makes position 0 a sink
     broken_off_from: int = 3_500  # the step from which some lines come after a broken-off one
     broken_off: float = 0.25  # the share of these lines from then on
