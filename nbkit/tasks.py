@@ -55,7 +55,7 @@ def task_scores(
     )
     loaded = _load(names, str(include_path) if include_path is not None else None)
     with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars per model; studies show one of their own
-        results = evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=0)
+        results = evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
     return pd.DataFrame([_row(results, name) for name in names])
 
 
@@ -78,12 +78,13 @@ def _row(results: dict, name: str) -> dict[str, object]:
     metric = config["metric_list"][0]["metric"]
     scores = results["results"][name]
     key = next(key for key in scores if key.startswith(metric + ","))
+    stderr = scores[key.replace(",", "_stderr,", 1)]
     return {
         "task": name,
         "kind": config["metadata"].get("kind", name),
         "metric": metric,
         "score": scores[key],
-        "stderr": scores[key.replace(",", "_stderr,", 1)],
+        "stderr": stderr if isinstance(stderr, float) else float("nan"),  # lm-eval says "N/A" for a single item
         "chance": config["metadata"].get("chance", float("nan")),
         "n": results["n-samples"][name]["effective"],
     }

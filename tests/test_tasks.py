@@ -96,6 +96,7 @@ def test_a_row_a_task(scores):
     assert list(scores["task"]) == task_names()
     assert (scores["n"] == N).all() and scores["kind"].is_unique
     assert scores["score"].between(0, 1).all() and scores[["stderr", "chance"]].notna().all(axis=None)
+    assert (scores["stderr"] > 0).any()  # numbers, not "N/A" for lack of a bootstrap
     for row in scores.itertuples():
         assert row.chance == description(row.task)["metadata"]["chance"]
         assert row.metric == description(row.task)["metric_list"][0]["metric"]
