@@ -41,6 +41,7 @@ def task_scores(
     n. With `include_path=None` the tasks are those that come with lm-eval. NbkitError for an unknown task, listing the
     known ones.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings about in-process models come with every call
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -62,7 +63,6 @@ def task_scores(
 @lru_cache
 def _load(names: tuple[str, ...], include_path: str | None) -> dict:
     """lm-eval's task objects. They hold the items: to read those for every edited model would cost seconds."""
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
