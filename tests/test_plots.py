@@ -63,7 +63,7 @@ def sequence_frame():
 
 def keys_frame():
     parts = []
-    for group, plain, similarity in [("normal", 11, 0.9), ("collapse", 60, 0.1)]:
+    for group, plain, similarity in zip(KINDS, (60, 30, 11), (0.1, 0.5, 0.9), strict=True):
         for prefix, norm in [("plain", plain), ("prefixed", 12)]:
             part = {"norm": norm * np.exp(RANDOM.normal(0, 0.1, 40)), "similarity": RANDOM.normal(similarity, 0.05, 40)}
             parts.append(pd.DataFrame({**part, "group": group, "prefix": prefix}))
@@ -352,13 +352,13 @@ def test_histograms_hold_every_key(ax):
     frame = keys_frame()
     frame.loc[frame.index[0], "similarity"] = 1.0000001  # rounding
     plots.norm_histogram(frame, ax)
-    assert [label.rsplit(" (", 1)[1] for label in labels_of(ax)] == ["n = 40)"] * 4
+    assert labels_of(ax) == [*KINDS, "plain (n = 120)", "prefixed (n = 120)"]
     heights = [np.ptp(patch.get_path().vertices[:, 1]) for patch in ax.patches]
-    assert len(ax.patches) == 4 and max(heights) <= 1
+    assert len(ax.patches) == 6 and max(heights) <= 1
     ax.clear()
     plots.similarity_histogram(frame, ax)
     assert ax.get_xlim() == (-1 if (frame["similarity"] < -1 / 40).any() else 0, 1)
-    assert labels_of(ax) == ["normal (n = 80)", "collapse (n = 80)"]
+    assert labels_of(ax) == [f"{kind} (n = 80)" for kind in KINDS]
     with pytest.raises(ValueError, match="'plain' and 'prefixed'"):
         plots.norm_histogram(frame.assign(prefix="both"), ax)
 

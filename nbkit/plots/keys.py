@@ -97,7 +97,7 @@ def norm_histogram(
         raise ValueError(f"column {by} holds {', '.join(map(str, kinds))}: only 'plain' and 'prefixed' can be drawn")
     styles, values = group_styles(frame[group]), frame[column].to_numpy(float)
     edges = np.geomspace(values.min() * 0.98, values.max() * 1.02, bins + 1)
-    handles = []
+    handles = [Patch(color=colour, label=str(name)) for name, (colour, _) in styles.items()]
     for name, (colour, _) in styles.items():
         for kind in kinds:
             norms = frame.loc[(frame[group] == name) & (frame[by] == kind), column].to_numpy(float)
@@ -107,7 +107,9 @@ def norm_histogram(
             look = {"fc": (colour, 0.35) if fill else "none", "ec": colour, "lw": 0.6 if fill else 1.2}
             share = np.full(len(norms), 1 / len(norms))
             ax.hist(norms, edges, weights=share, histtype="stepfilled", ls="-" if fill else (0, (3, 1)), **look)
-            handles.append(Patch(ls="-" if fill else (0, (3, 1)), label=f"{name}, {kind} (n = {len(norms)})", **look))
+    for kind in kinds:
+        look = {"fc": (GREY, 0.35), "ls": "-"} if kind == "plain" else {"fc": "none", "ls": (0, (3, 1))}
+        handles.append(Patch(ec=GREY, label=f"{kind} (n = {(frame[by] == kind).sum()})", **look))
     log_axis(ax.xaxis)
     ax.set_xlabel("Norm of the key")
     ax.set_ylabel("Share of keys")

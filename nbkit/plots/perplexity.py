@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nbkit.collapse import shares
 from nbkit.plots.style import (
@@ -66,6 +66,7 @@ def perplexity_per_edit(
         label = f"{name} (n = {of_group.sum()})"
         handles.append(Line2D([], [], ls="none", marker=marker, color=colour, mew=0, label=label))
     handles += _baseline(frame, ax) + _finish(frame, ax, edge, ceiling)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("Edited model (request number)")
     legend_above(ax, handles)
     return ax
