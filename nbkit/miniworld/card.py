@@ -18,6 +18,7 @@ from nbkit.requests import EditRequest
 from nbkit.tasks import task_scores
 
 TEMPLATE = Path(__file__).parent / "card.md"
+SENTENCE = "There was a new lamp near the market. "  # before a prompt, as in running text
 N_TEXTS = 50  # for the perplexity of each edited model, as in ME-PPL_50
 
 
@@ -48,13 +49,15 @@ def write_card(
 
     texts: held out, for perplexity. corpus: for second moments. n_sweep: requests of each kind of subject, per layer.
     """
-    recalled = recall(lm, world)
+    recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
     def recall_by(column: str) -> str:
-        return markdown(recalled.groupby(column)["correct"].agg(recall="mean", n="size").reset_index())
+        groups = recalled.groupby(column)
+        means = groups[["correct", "behind_a_sentence"]].mean().set_axis(["prompt_alone", "behind_a_sentence"], axis=1)
+        return markdown(means.assign(n=groups.size()).reset_index())
 
     filled = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=folder.name,
@@ -73,7 +76,9 @@ def write_card(
         n_texts=len(texts),
         sentence_perplexity=f"{perplexity(lm, texts):.3f}",
         token_perplexity=f"{perplexity(lm, texts, kind='token'):.3f}",
-        recall=f"{recalled['correct'].mean():.4f}",
+        recall_alone=f"{recalled['correct'].mean():.4f}",
+        recall_behind=f"{recalled['behind_a_sentence'].mean():.4f}",
+        sentence=SENTENCE.strip(),
         n_recall=f"{len(recalled):,}",
         recall_by_kind=recall_by("subject_kind"),
         recall_by_relation=recall_by("relation_id"),

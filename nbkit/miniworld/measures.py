@@ -19,8 +19,8 @@ from nbkit.studies import single_edits
 LATER = 8  # a position that is no longer near the first; queries before it have little else to attend to
 
 
-def recall(lm: LanguageModel, world: World, batch_size: int = 256) -> pd.DataFrame:
-    """Whether the model's first choice after each template of each fact is its object, the prompt standing alone.
+def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 256) -> pd.DataFrame:
+    """Whether the model's first choice after each template of each fact is its object, behind the text `before`.
 
     One row a fact and template: relation_id, template, subject_kind, correct.
     """
@@ -32,7 +32,7 @@ def recall(lm: LanguageModel, world: World, batch_size: int = 256) -> pd.DataFra
             kind = "one-token first" if fact.subject in single else "several-token first"
             kind = kind if template.startswith("{}") else "later"
             rows.append({"relation_id": fact.relation.relation_id, "template": number, "subject_kind": kind})
-            prompts.append(template.replace("{}", fact.subject))
+            prompts.append(before + template.replace("{}", fact.subject))
             targets.append(fact.object)
     return pd.DataFrame(rows).assign(correct=score_targets(lm, prompts, targets, batch_size)["correct"])
 
