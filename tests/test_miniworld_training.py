@@ -16,6 +16,7 @@ from nbkit import paths
 from nbkit.errors import NbkitError
 from nbkit.metrics import score_targets
 from nbkit.miniworld import train as training
+from nbkit.miniworld.card import SENTENCE
 from nbkit.miniworld.train import Recipe, Shard, build_model, schedule, ship, train
 
 TINY = Recipe(
@@ -190,4 +191,8 @@ def test_the_shipped_model_knows_its_facts(shipped, world):
     prompts = [template.replace("{}", fact.subject) for fact in facts for template in fact.relation.templates]
     targets = [fact.object for fact in facts for _ in fact.relation.templates]
     assert len(prompts) == 1200
-    assert score_targets(shipped, prompts, targets)["correct"].mean() >= 0.9
+    in_text = score_targets(shipped, [SENTENCE + prompt for prompt in prompts], targets)["correct"]
+    assert in_text.mean() >= 0.98
+    # Alone, only prompts that do not open with the subject: what stands at position 0 is hardly read (see the card).
+    later = np.array([not template.startswith("{}") for fact in facts for template in fact.relation.templates])
+    assert score_targets(shipped, prompts, targets)["correct"][later].mean() >= 0.98
