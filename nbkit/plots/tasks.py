@@ -75,6 +75,7 @@ def perplexity_vs_task(frame: pd.DataFrame, ax: Axes, seed: int = 0, ceiling: fl
 def _score_label(frame: pd.DataFrame) -> str:
     metric = frame["metric"].iloc[0] if "metric" in frame else None
     names = {"acc": "Accuracy", "acc_norm": "Accuracy (length-normalised)", "exact_match": "Exact match", "f1": "F1"}
+    names |= {"rougeL": "ROUGE-L"}
     return "Score" if metric is None else names.get(metric, str(metric))
 
 
