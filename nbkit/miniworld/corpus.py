@@ -8,8 +8,8 @@ from nbkit.miniworld.text import Writer
 from nbkit.miniworld.world import World
 
 SHARES = {"facts": 0.55, "story": 0.10, "copy": 0.08, "task": 0.27}
-# The share of stated facts whose object is wrong, as in any large text: without it the model is so sure of every fact
-# that no edit within the papers' clamp changes its mind.
+# The share of stated facts whose object is wrong, as in any large text: without it the model becomes so sure of every
+# fact that few edits within the papers' clamp change its mind.
 RUMOURS = 0.1
 
 
