@@ -1,12 +1,66 @@
-"""C = E[k kᵀ] against the plain sum over tokens, its cache, and the solve."""
+"""C = E[k kᵀ] against the plain sum over tokens, its cache, its convergence, and the solve."""
 
+import itertools
+import random
+
+import pandas as pd
 import pytest
 import torch
 
 from nbkit.edits import Edit, LowRank, applied
 from nbkit.errors import MethodError, ModelError, PromptError, ResultsError
-from nbkit.keys import token_keys
-from nbkit.moments import SecondMoments, factor, second_moment
+from nbkit.keys import keys, token_keys
+from nbkit.moments import Convergence, SecondMoments, factor, second_moment, second_moments
+from nbkit.windows import Place, batches, chunks, windows
+
+
+class Corpus:
+    """Sentences of random words without an end in sight; iterating over it begins anew, as a data set on disk does."""
+
+    WORDS = (
+        "Vouda Krela Sennifar Ann Danielle Darrieux French The tower river harp drum song plays runs is of in".split()
+    )
+
+    def __init__(self, n_texts: int, seed: int = 0):
+        self.n_texts, self.seed, self.n_read = n_texts, seed, 0
+
+    def __iter__(self):
+        draw = random.Random(self.seed)
+        for n_read in range(1, self.n_texts + 1):
+            self.n_read = n_read
+            yield " ".join(draw.choices(self.WORDS, k=draw.randint(1, 30))) + "."
+
+
+UNIT_KEYS = {0: torch.eye(48)[:5], 1: torch.eye(48)[5:9]}
+
+
+@pytest.fixture
+def passes(tiny, monkeypatch):
+    """The sizes of the batches that `tiny` was run on; `passes.fail_at(n)` interrupts the n-th from now, if any."""
+
+    class Passes(list):
+        last = None
+
+        def fail_at(self, n):
+            self.last = len(self) + n
+
+    passes, logits = Passes(), tiny.logits
+
+    def counted(batch, keep=0):
+        passes.append(batch.shape)
+        if len(passes) == passes.last:
+            raise KeyboardInterrupt
+        return logits(batch, keep)
+
+    monkeypatch.setattr(tiny, "logits", counted)
+    return passes
+
+
+@pytest.fixture
+def saving_always(monkeypatch):
+    """Partial sums are written whenever they can be, and that is after every two batches or so."""
+    monkeypatch.setattr("nbkit.moments_cache.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("nbkit.moments.CHUNK", 2)
 
 
 def by_hand(lm, texts, layer):
@@ -21,6 +75,31 @@ def test_it_is_the_mean_outer_product_of_the_keys(lm, texts, tolerance, batch_si
     expected = by_hand(lm, texts, 1)
     torch.testing.assert_close(C, expected, rtol=tolerance, atol=tolerance * expected.abs().max())
     assert torch.equal(C, C.T)
+
+
+def test_several_layers_come_from_one_pass(lm, texts, tolerance):
+    n_passes = {layer: 0 for layer in range(lm.n_layers)}
+    for layer in n_passes:
+        lm.projection(layer).register_forward_hook(
+            lambda *_, layer=layer: n_passes.update({layer: n_passes[layer] + 1})
+        )
+    moments = second_moments(lm, [1, 0], texts)
+    assert n_passes == {0: 1, 1: 1, 2: 0}
+    assert list(moments) == [1, 0] and moments.checks.empty
+    for layer, C in moments.items():
+        expected = by_hand(lm, texts, layer)
+        torch.testing.assert_close(C, expected, rtol=tolerance, atol=tolerance * expected.abs().max())
+        assert torch.equal(second_moment(lm, layer, texts), C)
+
+
+def test_little_of_a_batch_is_padding(tiny, passes):
+    texts = list(Corpus(400))
+    second_moment(tiny, 1, texts)
+    n_tokens = sum(len(tiny.tokenizer(text).input_ids) for text in texts)
+    assert all(n_rows * width <= 16 * tiny.max_length for n_rows, width in passes)
+    assert (
+        sum(n_rows * width for n_rows, width in passes) < 1.5 * n_tokens
+    )  # in their own order it would be twice as many
 
 
 def test_n_tokens_takes_exactly_the_first(tiny, texts):
@@ -43,6 +122,28 @@ def test_a_long_text_is_read_in_windows_of_the_context(tiny):
             for i in range(0, len(ids), 96)
         ),
     )
+
+
+def test_texts_are_read_as_they_are_needed(tiny, texts):
+    corpus = Corpus(10**9)
+    C = second_moment(tiny, 1, iter(corpus), n_tokens=500, batch_size=1)
+    assert corpus.n_read < 100
+    torch.testing.assert_close(C, second_moment(tiny, 1, list(Corpus(100)), n_tokens=500))
+    assert torch.equal(second_moment(tiny, 1, (text for text in texts)), second_moment(tiny, 1, texts))
+
+
+def test_a_corpus_read_on_from_a_chunks_end_falls_into_the_same_chunks(tiny):
+    texts = [*Corpus(30), "Vouda is located in Krela. " * 40, "", *Corpus(30, seed=1)]
+    whole = list(chunks(windows(tiny, texts), 300, every=250))
+    read = [token for chunk in whole for window in chunk for token in window.tokens]
+    assert read == [token for text in texts for token in tiny.tokenizer(text).input_ids]
+    assert any(chunk[-1].next.n_windows for chunk in whole)  # also from within a text
+    n_done = 0
+    for i, chunk in enumerate(whole, 1):
+        n_done += sum(len(window.tokens) for window in chunk)
+        assert list(chunks(windows(tiny, texts, start=chunk[-1].next), 300, every=250, n_done=n_done)) == whole[i:]
+        assert sorted(window for batch in batches(chunk, 200) for window in batch) == sorted(chunk)
+    assert whole[-1][-1].next == Place(len(texts))
 
 
 def test_the_cache_is_named_by_all_that_determines_it(tiny, make_lm, texts, tmp_path):
@@ -73,6 +174,154 @@ def test_a_damaged_cache_is_named(tiny, texts, tmp_path):
         second_moment(tiny, 1, texts, cache=tmp_path)
 
 
+def test_layers_that_are_in_the_cache_are_not_computed_again(tiny, passes, texts, tmp_path):
+    C = second_moment(tiny, 1, texts, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    written = path.stat().st_mtime_ns
+    moments = second_moments(tiny, [0, 1], texts, cache=tmp_path)
+    assert torch.equal(moments[1], C) and path.stat().st_mtime_ns == written
+    n_passes = len(passes)
+    assert torch.equal(second_moment(tiny, 0, texts, cache=tmp_path), moments[0])
+    assert len(passes) == n_passes and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_needs_texts_that_can_be_read_twice(tiny, passes, tmp_path):
+    with pytest.raises(PromptError, match="can be read only once.*give a list"):
+        second_moment(tiny, 1, iter(Corpus(10)), cache=tmp_path)
+    C = second_moment(tiny, 1, Corpus(10), cache=tmp_path)
+    n_passes = len(passes)
+    assert torch.equal(second_moment(tiny, 1, Corpus(10), cache=tmp_path), C)
+    assert len(passes) == n_passes
+
+
+LONG = "Vouda is located in Krela, and Ann plays the harp. " * 160  # many windows
+
+
+@pytest.mark.parametrize("texts", [Corpus(200), [LONG], [*Corpus(60), LONG, *Corpus(60, seed=1)]], ids=range(3))
+@pytest.mark.parametrize("more", [{}, {"n_tokens": 1_500}, {"stop": Convergence(UNIT_KEYS, tolerance=0, every=300)}])
+@pytest.mark.parametrize("n", [4, 6])
+def test_an_interrupted_call_goes_on_to_the_same_bits(tiny, passes, saving_always, texts, more, n, tmp_path):
+    def moments(**cache):
+        return second_moments(tiny, [0, 1], texts, batch_size=2, **more, **cache)
+
+    whole, all_passes = moments(), list(passes)
+    passes.fail_at(n)
+    with pytest.raises(KeyboardInterrupt):
+        moments(cache=tmp_path)
+    (partial,) = tmp_path.iterdir()
+    passes.clear()
+    passes.fail_at(0)
+    resumed = moments(cache=tmp_path)
+    assert 0 < len(passes) < len(all_passes) and passes == all_passes[-len(passes) :]
+    assert all(torch.equal(resumed[layer], whole[layer]) for layer in whole)
+    pd.testing.assert_frame_equal(resumed.checks, whole.checks)
+    assert len(list(tmp_path.iterdir())) == 2 and not partial.exists()
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 18_000])
+def test_damaged_partial_sums_are_named(tiny, passes, saving_always, n_bytes, tmp_path):
+    passes.fail_at(4)
+    with pytest.raises(KeyboardInterrupt):
+        second_moment(tiny, 1, Corpus(200), batch_size=2, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(ResultsError, match=f"{path.name} is damaged; delete it to begin anew"):
+        second_moment(tiny, 1, Corpus(200), batch_size=2, cache=tmp_path)
+
+
+@pytest.fixture
+def sample_keys(tiny, requests, contexts):
+    return {layer: keys(tiny, requests, layer, contexts).mean(1) for layer in (0, 1)}
+
+
+def directions(moments, sample_keys):
+    solved = torch.cat([torch.linalg.solve(moments[layer], found.T).T for layer, found in sample_keys.items()])
+    return solved / solved.norm(dim=1, keepdim=True)
+
+
+def test_convergence_stops_the_pass_at_about_the_error_it_reports(tiny, passes, sample_keys, tmp_path):
+    stop = Convergence(sample_keys, tolerance=0.15, every=500)
+    moments = second_moments(tiny, [0, 1], Corpus(10**9), stop=stop, n_tokens=10**9)
+    checks = moments.checks
+    assert list(checks.columns) == ["n_tokens", "layer", "error", "median_error"]
+    assert list(checks.layer) == [0, 1] * (len(checks) // 2)
+    worst = checks.groupby("n_tokens").error.max()
+    assert len(worst) > 3 and (worst.iloc[:-1] > 0.15).all() and worst.iloc[-1] <= 0.15
+    assert list(worst.index // 500) == list(range(1, len(worst) + 1))  # at the first text's end behind each multiple
+    assert (checks.median_error <= checks.error).all()
+    n_tokens = int(worst.index[-1])
+    for layer, C in second_moments(tiny, [0, 1], Corpus(10**9), n_tokens=n_tokens).items():
+        torch.testing.assert_close(moments[layer], C)
+    limit = second_moments(tiny, [0, 1], Corpus(10**9, seed=1), n_tokens=8 * n_tokens)
+    true = (directions(moments, sample_keys) - directions(limit, sample_keys)).norm(dim=1)
+    assert 0.5 < true.max() / worst.iloc[-1] < 1.5
+    assert 0.5 < true.median() / checks.median_error.iloc[-2:].mean() < 1.5
+
+
+def test_a_converged_result_is_found_again_with_its_checks(tiny, passes, sample_keys, tmp_path):
+    def moments(n_texts=300, **changed):
+        stop = Convergence(**{"keys": sample_keys, "tolerance": 0.4, "every": 200, **changed})
+        return second_moments(tiny, [1, 0], Corpus(n_texts), stop=stop, cache=tmp_path)
+
+    found = moments()
+    n_passes = len(passes)
+    again = moments()
+    assert len(passes) == n_passes and len(list(tmp_path.iterdir())) == 2
+    assert all(torch.equal(again[layer], found[layer]) for layer in found) and list(again) == [1, 0]
+    pd.testing.assert_frame_equal(again.checks, found.checks)
+    for n_files, changed in enumerate(
+        [{"tolerance": 0.35}, {"every": 300}, {"keys": {0: UNIT_KEYS[0], 1: sample_keys[1]}}]
+    ):
+        assert len(moments(**changed).checks) and len(list(tmp_path.iterdir())) == 2 * n_files + 4
+
+
+def test_not_converging_is_said(tiny, texts, sample_keys):
+    with pytest.warns(UserWarning, match=r"not converged after \d+ tokens: .* not even positive definite"):
+        moments = second_moments(tiny, [0], texts[:3], stop=Convergence(sample_keys, every=10**6))
+    assert list(moments.checks.error) == [torch.inf]
+    with pytest.warns(
+        UserWarning, match=r"the error of u is 0\.\d+, more than 0\.01; about \d\.\de\+\d\d tokens would do"
+    ):
+        second_moments(tiny, [0], Corpus(200), stop=Convergence(sample_keys, tolerance=0.01))
+    measured = second_moments(tiny, [0], Corpus(200), stop=Convergence(sample_keys, tolerance=0))  # warns of nothing
+    assert 0 < measured.checks.error.item() < 1
+
+
+def test_a_quantile_of_the_keys_can_be_asked_for(tiny, sample_keys):
+    errors = [
+        second_moments(tiny, [0], Corpus(200), stop=Convergence(sample_keys, tolerance=0, quantile=at)).checks.iloc[0]
+        for at in (0, 0.5, 1)
+    ]
+    assert errors[0].error < errors[1].error < errors[2].error
+    assert errors[1].error == errors[2].median_error
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keys": {0: torch.ones(2, 48)}}, r"no keys for layer 1, only for \[0\]"),
+        ({"keys": {1: torch.ones(48)}}, r"must be \(key, 48\) in tiny-gpt2, not \(48,\)"),
+        ({"keys": {1: torch.ones(0, 48)}}, "must be"),
+        ({"keys": {1: torch.tensor([[1.0] * 48, [0.0] * 48])}}, "has no direction"),
+        ({"keys": {1: torch.full((1, 48), torch.nan)}}, "has no direction"),
+        ({"keys": {}, "tolerance": -1}, "tolerance must be at least 0"),
+        ({"keys": {}, "every": 0}, "every at least 1"),
+        ({"keys": {}, "quantile": 95}, "quantile from 0 to 1"),
+    ],
+)
+def test_convergence_that_cannot_be_measured(tiny, texts, given, message):
+    with pytest.raises(MethodError, match=message):
+        second_moments(tiny, [1], texts, stop=Convergence(**given))
+
+
+def test_the_bar_counts_tokens(tiny, texts, capsys):
+    second_moment(tiny, 1, texts, n_tokens=60, progress=True)
+    second_moments(tiny, [0, 1], texts, progress=True)
+    first, second = capsys.readouterr().err.split("second moments:", 1)
+    assert "second moment, layer 1: 100%" in first and "60.0/60.0" in first and "token/s" in first
+    assert "100%" in second
+
+
 def test_a_cache_that_cannot_be_written(tiny, texts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match="cannot be written"):
@@ -86,6 +335,12 @@ def test_bad_arguments(tiny, texts):
         second_moment(tiny, 1, texts[0])
     with pytest.raises(PromptError, match="hold no tokens"):
         second_moment(tiny, 1, [])
+    with pytest.raises(PromptError, match="at least one token"):
+        second_moment(tiny, 1, texts, n_tokens=0)
+    with pytest.raises(MethodError, match="at least one row"):
+        second_moment(tiny, 1, texts, batch_size=0)
+    with pytest.raises(ModelError, match="no layer is asked for"):
+        second_moments(tiny, [], texts)
 
 
 def test_solve_is_the_inverse_times_the_vector(tiny):
@@ -99,6 +354,16 @@ def test_solve_is_the_inverse_times_the_vector(tiny):
     assert torch.equal(SecondMoments({1: C}, tiny).solve(1, vector), solved)
     assert torch.equal(SecondMoments(C.numpy(), tiny).solve(1, vector), solved)
     assert not SecondMoments(None, tiny)
+
+
+def test_many_vectors_are_solved_for_at_once(tiny):
+    moments = SecondMoments(second_moments(tiny, [0, 1], Corpus(200)), tiny)
+    vectors = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    solved = moments.solve(1, vectors)
+    assert solved.shape == vectors.shape and solved.dtype == torch.float64
+    for i, j in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(solved[i, j], moments.solve(1, vectors[i, j]))
+    assert moments.solve(1, vectors[:0]).shape == (0, 3, 48)
 
 
 def test_a_second_moment_that_cannot_be_solved_with(tiny, texts):
