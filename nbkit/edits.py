@@ -97,7 +97,7 @@ def restoring(lm: LanguageModel) -> Iterator[Callable[[Edit], None]]:
 
     def add(edit: Edit) -> None:
         weights = {
-            name: _weight(lm, name, delta) for name, delta in edit.deltas.items()
+            name: weight_of(lm, name, delta) for name, delta in edit.deltas.items()
         }  # all checked before any changes
         lm.n_applied += 1
         for name, delta in edit.deltas.items():
@@ -115,7 +115,8 @@ def restoring(lm: LanguageModel) -> Iterator[Callable[[Edit], None]]:
         lm.n_applied = n_before
 
 
-def _weight(lm: LanguageModel, name: str, delta: LowRank | Dense) -> Tensor:
+def weight_of(lm: LanguageModel, name: str, delta: LowRank | Dense) -> Tensor:
+    """The weight that a delta is of; ModelError if the model has none of that name and shape, or not in memory."""
     try:
         weight = lm.model.get_parameter(name)
     except AttributeError as error:

@@ -7,6 +7,9 @@
     with replace(lm.projection(3), lambda v: v + delta):
         lm.model(**batch)
 
+    with instead(lm.attention(3), lambda module, *args, **kwargs: (states, None)):
+        lm.model(**batch)                # that module's own code does not run
+
 A module may take and give tuples (attention does): the first tensor is meant. Some blocks (OPT's) flatten batch and
 position into one axis before the MLP; `shape=(batch, position)` gives them back as three axes.
 """
@@ -90,6 +93,20 @@ def replace(
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def instead(module: nn.Module, fn: Callable) -> Iterator[None]:
+    """The module does not run: calling it gives `fn(module, *args, **kwargs)`. Hooks on the module still see that."""
+    own = module.__dict__.get("forward")  # there if something else, accelerate say, has put itself in its place
+    module.forward = lambda *args, **kwargs: fn(module, *args, **kwargs)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _check(where: str) -> None:

@@ -4,25 +4,30 @@ The key k (d_mlp) is the projection's input, the value W k + b (d_model) its out
 and gives float32 numbers, or float64 ones from a float64 model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from nbkit.hooks import capture
+from nbkit.memory import Footprint, budget, in_batches
 from nbkit.models import LanguageModel
 from nbkit.prompts import Batch, Padding, check_templates, find_subjects, named, pad, tokenize
+from nbkit.replay import FirstPass, Prefixes, can_replay
 from nbkit.requests import EditRequest
+
+REQUESTS_AT_ONCE = 512  # on a GPU: more does not make it faster
 
 
 @dataclass(frozen=True)
 class KeyPass:
     """Keys and values at one token of each prompt, from one pass."""
 
-    keys: Float[Tensor, "prompt d_mlp"]
-    values: Float[Tensor, "prompt d_model"]
+    keys: Float[Tensor, "*prompt d_mlp"]
+    values: Float[Tensor, "*prompt d_model"]
 
 
 def keys_and_values(
@@ -34,7 +39,17 @@ def keys_and_values(
     padding: Padding = "right",
 ) -> KeyPass:
     """Key and value of `layer` at the last token of each prompt's subject; every prompt has one {} for its subject."""
-    rows, indices = find_subjects(lm, prompts, subjects)
+    return _whole_pass(lm, *find_subjects(lm, prompts, subjects), layer, batch_size, padding)
+
+
+def _whole_pass(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    layer: int,
+    batch_size: int = 64,
+    padding: Padding = "right",
+) -> KeyPass:
     keys, values = [], []
     for first in range(0, len(rows), batch_size):
         batch = pad(lm, rows[first : first + batch_size], padding)
@@ -50,18 +65,56 @@ def keys(
     requests: Sequence[EditRequest],
     layer: int,
     context_templates: Sequence[str] = ("{}",),
-    batch_size: int = 64,
-    padding: Padding = "right",
+    progress: bool = False,
 ) -> Float[Tensor, "request template d_mlp"]:
-    """Keys at the subject's last token, of every request behind every template (k_u is template 0's, k̄ their mean)."""
+    """Keys at the subject's last token, of every request behind every template (k_u is template 0's, k̄ their mean).
+
+    The templates' own texts are read once for all requests. `keys_and_values` gives the same, text by text.
+    """
+    found = [batch.keys for batch in keys_in_contexts(lm, requests, layer, context_templates, progress)]
+    return torch.cat(found) if found else torch.empty(0, len(context_templates), lm.d_mlp, device=lm.device)
+
+
+def keys_in_contexts(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    layer: int,
+    context_templates: Sequence[str],
+    progress: bool = False,
+) -> Iterator[KeyPass]:
+    """Keys (request, template, d_mlp) and values (request, template, d_model), a batch of requests at a time, in order.
+
+    How many requests are in a batch is for memory to say.
+    """
     templates = check_templates(context_templates)
     lm.check_layer(layer)
-    for request in requests:  # tokenised here only so that an unusable prompt is reported by its request
-        with named(request):
-            find_subjects(lm, in_contexts(request, templates), [request.subject] * len(templates))
-    prompts = [prompt for request in requests for prompt in in_contexts(request, templates)]
-    subjects = [request.subject for request in requests for _ in templates]
-    return keys_and_values(lm, prompts, subjects, layer, batch_size, padding).keys.unflatten(0, (len(requests), -1))
+    prefixes = Prefixes(lm, templates) if can_replay(lm) else None
+    prompts = [in_contexts(request, templates) for request in requests]
+    longest = max((len(request.text) for request in requests), default=0)  # in characters: at least so many tokens
+    row = Footprint(min(longest + 1, lm.max_length), 0, 1, 0, backward=False)
+    size = min(budget(lm.device) // (len(templates) * row.bytes(lm)), REQUESTS_AT_ONCE)
+
+    @torch.no_grad()
+    def compute(places: Sequence[int]) -> KeyPass:
+        rows, indices = [], []
+        for place in places:
+            with named(requests[place]):
+                found = find_subjects(lm, prompts[place], [requests[place].subject] * len(templates))
+            rows += found[0]
+            indices += found[1]
+        if prefixes is None:
+            found = _whole_pass(lm, rows, indices, layer)
+        else:
+            # What follows the subject does not reach its key.
+            rows = [row[: index + 1] for row, index in zip(rows, indices, strict=True)]
+            found = FirstPass(lm, layer, rows, indices, list(range(len(templates))) * len(places), prefixes)
+        shape = len(places), len(templates)
+        return KeyPass(widened(found.keys).unflatten(0, shape), widened(found.values).unflatten(0, shape))
+
+    with tqdm(total=len(requests), desc="keys", unit="request", disable=not progress) as bar:
+        for batch in in_batches(range(len(requests)), size, compute):
+            bar.update(len(batch.keys))
+            yield batch
 
 
 def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@
     perplexity(lm, texts, edits=edits)           # an array, one value per edited model
     reference = neighborhood_tokens(lm, requests)            # on the unedited model
     with applied(lm, edit): edit_metrics(lm, [request], reference)
+    edit_metrics(lm, requests, reference, edits=edits)       # the same for many, each with its own edit
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.edits import Edit, applied
+from nbkit.edited import edited_logits
+from nbkit.edits import Edit
 from nbkit.errors import PromptError
 from nbkit.keys import widened
 from nbkit.models import LanguageModel
@@ -23,6 +27,7 @@ from nbkit.prompts import pad, target_ids, tokenize
 from nbkit.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
+EDITS_AT_ONCE = 256  # whose token scores are kept at a time; how many run together is for memory to say
 
 
 def perplexity(
@@ -46,17 +51,21 @@ def perplexity(
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
             raise PromptError(f"perplexity needs at least two tokens, and {text!r} has {len(row)}")
+    firsts = [1] * len(rows)
     if edits is None:
-        return _perplexity(lm, rows, kind, batch_size)
-    values = np.empty(len(edits))
-    for index, edit in enumerate(tqdm(edits, desc="perplexity", disable=not progress)):
-        with applied(lm, edit):
-            values[index] = _perplexity(lm, rows, kind, batch_size)
+        return _perplexity(rows, _token_scores(lm, rows, firsts, batch_size), kind)
+    values = np.full(len(edits), np.nan)
+    with tqdm(total=len(edits), desc="perplexity", disable=not progress) as bar:
+        for start in range(0, len(edits), EDITS_AT_ONCE):
+            some = edits[start : start + EDITS_AT_ONCE]
+            scores = edited_scores(lm, rows, firsts, some, [range(len(rows))] * len(some))
+            values[start : start + len(some)] = [_perplexity(rows, of_edit, kind) for of_edit in scores]
+            bar.update(len(some))
     return values
 
 
-def _perplexity(lm: LanguageModel, rows: list[list[int]], kind: PerplexityKind, batch_size: int) -> float:
-    nll = np.array([_sum_nll(scores) for scores in _token_scores(lm, rows, [1] * len(rows), batch_size)])
+def _perplexity(rows: list[list[int]], scores: "Sequence[_Scores]", kind: PerplexityKind) -> float:
+    nll = np.array([_sum_nll(score) for score in scores])
     lengths = np.array([len(row) - 1 for row in rows])
     with np.errstate(over="ignore"):
         return float(np.exp(nll / lengths).mean() if kind == "sentence_mean" else np.exp(nll.sum() / lengths.sum()))
@@ -86,21 +95,49 @@ def _token_scores(lm: LanguageModel, rows: list[list[int]], firsts: list[int], b
         columns = torch.arange(batch.shape[1], device=lm.device)
         # the position before each token
         scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)
-        logits = widened(lm.logits(batch, keep=scored))  # (scored, vocabulary)
-        targets = batch.input_ids.roll(-1, dims=1)[scored]
-        log_probabilities = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double().cpu().numpy()
-        choices, counts = logits.argmax(-1).cpu().numpy(), scored.sum(1).cumsum(0).cpu().numpy()[:-1]
-        for index, values, tokens in zip(
-            chosen, np.split(log_probabilities, counts), np.split(choices, counts), strict=True
-        ):
-            results[index] = _Scores(values, tuple(tokens.tolist()))
+        logits = lm.logits(batch, keep=scored)  # (scored, vocabulary)
+        results |= zip(chosen, _scores(logits, [rows[index][firsts[index] :] for index in chosen]), strict=True)
     return [results[index] for index in range(len(rows))]
 
 
+@torch.no_grad()
+def edited_scores(
+    lm: LanguageModel,
+    rows: list[list[int]],
+    firsts: list[int],
+    edits: Sequence[Edit],
+    rows_of: Sequence[Sequence[int]],
+    batch_size: int | None = None,
+) -> list[list[_Scores]]:
+    """For each edited model, the scores of the rows it reads, in their order; see `edited.edited_logits`."""
+    found: dict[tuple[int, int], _Scores] = {}
+    kept = [range(first - 1, len(row) - 1) for first, row in zip(firsts, rows, strict=True)]
+    for pairs, logits in edited_logits(lm, edits, rows, kept, rows_of, batch_size):
+        found |= zip(pairs, _scores(logits, [rows[row][firsts[row] :] for _, row in pairs]), strict=True)
+    return [[found[edit, row] for row in numbers] for edit, numbers in enumerate(rows_of)]
+
+
+def _scores(logits: Float[Tensor, "token vocabulary"], targets: Sequence[Sequence[int]]) -> list[_Scores]:
+    """Scores of the targets, whose logits stand one after the other."""
+    logits = widened(logits)
+    flat = torch.tensor([token for target in targets for token in target], device=logits.device)
+    log_probabilities = logits.log_softmax(-1).gather(1, flat[:, None])[:, 0].double().cpu().numpy()
+    choices, ends = logits.argmax(-1).cpu().numpy(), np.cumsum([len(target) for target in targets])[:-1]
+    pairs = zip(np.split(log_probabilities, ends), np.split(choices, ends), strict=True)
+    return [_Scores(values, tuple(tokens.tolist())) for values, tokens in pairs]
+
+
 def score_targets(
-    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    batch_size: int = 64,
+    edits: Sequence[Edit] | None = None,
+    edit_of: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """How each target continues its prompt, teacher-forced: one row a pair, in order.
+
+    With `edits`, pair i is asked of the model with edit number edit_of[i]; the model is not changed.
 
     Columns: `nll`, the mean negative log-likelihood of the target's tokens; `probability`, of the whole target;
     `correct`, whether every token of the target is the model's first choice; `choices`, the tuple of those first
@@ -109,7 +146,15 @@ def score_targets(
     contexts = tokenize(lm, prompts)
     ids = [target_ids(lm, target) for target in targets]
     rows = [context + target for context, target in zip(contexts, ids, strict=True)]
-    scores = _token_scores(lm, rows, [len(context) for context in contexts], batch_size)
+    firsts = [len(context) for context in contexts]
+    if edits is None:
+        scores = _token_scores(lm, rows, firsts, batch_size)
+    else:
+        rows_of: list[list[int]] = [[] for _ in edits]
+        for row, number in enumerate(edit_of):
+            rows_of[number].append(row)
+        of_edits = [iter(of_edit) for of_edit in edited_scores(lm, rows, firsts, edits, rows_of)]
+        scores = [next(of_edits[number]) for number in edit_of]
     return pd.DataFrame(
         {
             "nll": [_sum_nll(score) / len(target) for score, target in zip(scores, ids, strict=True)],
@@ -136,10 +181,13 @@ def edit_metrics(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     reference: Mapping[EditRequest, Sequence[tuple[int, ...]]] | None = None,
-    prefix: str = "{}",
+    prefix: str | Sequence[str] = "{}",
     batch_size: int = 64,
+    edits: Sequence[Edit] | None = None,
 ) -> pd.DataFrame:
     """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
+
+    With `edits`, one a request, each request is asked of the model with its own edit instead, many in one pass.
 
     CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true
     one, by mean negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer
@@ -147,12 +195,13 @@ def edit_metrics(
     model's first choice. EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first
     choices, teacher-forced, on the prompt and the paraphrases; `locality`: share of the first choices on neighbours
     that are those of `reference` (`neighborhood_tokens` of the unedited model). `target_probability` is that of the
-    whole new target on the prompt. NaN where a request has nothing to measure it by. `prefix`, a template with one {},
-    goes before the rewrite prompt only, as in *The Fall of ROME*.
+    whole new target on the prompt. NaN where a request has nothing to measure it by. `prefix`, a template with one {}
+    or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*.
     """
     asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
-    for index, request in enumerate(requests):
-        roles = [("prompt", prefix.replace("{}", request.text))] + [
+    prefixes = [prefix] * len(requests) if isinstance(prefix, str) else prefix
+    for index, (request, before) in enumerate(zip(requests, prefixes, strict=True)):
+        roles = [("prompt", before.replace("{}", request.text))] + [
             ("paraphrase", text) for text in request.paraphrase_prompts
         ]
         for role, text in roles:
@@ -163,8 +212,8 @@ def edit_metrics(
             asked += [(index, "neighbor", text, answer), (index, "neighbor new", text, request.target_new)]
     if not asked:
         return pd.DataFrame()
-    _, _, prompts, targets = zip(*asked, strict=True)
-    scores = score_targets(lm, prompts, targets, batch_size)
+    indices, _, prompts, targets = zip(*asked, strict=True)
+    scores = score_targets(lm, prompts, targets, batch_size, edits, indices)
     scores["request"], scores["role"] = [row[0] for row in asked], [row[1] for row in asked]
     scores["share"] = [
         np.mean(np.equal(choices, target_ids(lm, target)))

@@ -33,6 +33,7 @@ class Architecture:
 
     `transposed`: the projection is a `Conv1D`, its weight (d_in, d_out); otherwise a `Linear`, (d_out, d_in).
     `adds_bos`: the family's tokenizer puts a token before the text, so a subject is never at position 0.
+    `block_gives_tuple`: a block returns a tuple, whose first item is the residual stream, not the tensor itself.
     `float64`: False where transformers' attention makes NaN of a float64 model's padding (its softmax is in float32,
     where the mask's most negative float64 number is -inf).
     """
@@ -43,6 +44,7 @@ class Architecture:
     final_norm: str
     transposed: bool = False
     adds_bos: bool = False
+    block_gives_tuple: bool = False
     float64: bool = True
 
     def projection_path(self, layer: int) -> str:
@@ -58,7 +60,7 @@ def _llama_like(prefix: str = "model", **habits: bool) -> Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("transformer.h.{layer}", "mlp.c_proj", "attn", "transformer.ln_f", transposed=True),
-    "gptj": Architecture("transformer.h.{layer}", "mlp.fc_out", "attn", "transformer.ln_f"),
+    "gptj": Architecture("transformer.h.{layer}", "mlp.fc_out", "attn", "transformer.ln_f", block_gives_tuple=True),
     "gpt_neox": Architecture("gpt_neox.layers.{layer}", "mlp.dense_4h_to_h", "attention", "gpt_neox.final_layer_norm"),
     "llama": _llama_like(adds_bos=True),
     "mistral": _llama_like(adds_bos=True),
@@ -163,6 +165,13 @@ class LanguageModel:
                 "never reach it; load the model whole on one device"
             )
         return layer
+
+    def block(self, layer: int) -> nn.Module:
+        """One layer: attention and MLP with their norms and residual connections."""
+        return self.model.get_submodule(self.architecture.block.format(layer=layer))
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.architecture.attention_path(layer))
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP's output projection: its input is the key k (d_mlp), its output W k + b the value v (d_model)."""

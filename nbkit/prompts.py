@@ -51,18 +51,18 @@ def tokenize(lm: LanguageModel, texts: Sequence[str], add_special_tokens: bool =
     """Token ids of each text, unpadded. PromptError, naming the text, for an empty one or one beyond the context."""
     rows = lm.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
     for text, row in zip(texts, rows, strict=True):
-        _check_length(lm, row, text)
+        check_length(lm, row, text)
     return rows
 
 
-def pad(lm: LanguageModel, rows: Sequence[Sequence[int]], padding: Padding = "right") -> Batch:
-    """Pad rows of token ids to the longest."""
+def pad(lm: LanguageModel, rows: Sequence[Sequence[int]], padding: Padding = "right", spare: int = 0) -> Batch:
+    """Pad rows of token ids to the longest, and by `spare` columns more."""
     if padding not in ("right", "left"):
         raise ValueError(f"padding must be 'right' or 'left', not {padding!r}")
     for row in rows:
-        _check_length(lm, row)
+        check_length(lm, row)
     lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
+    width = int(lengths.max()) + spare
     starts = torch.zeros_like(lengths) if padding == "right" else width - lengths
     offsets = torch.arange(width) - starts[:, None]  # (row, position): index of each column's token in its row
     mask = (offsets >= 0) & (offsets < lengths[:, None])
@@ -95,7 +95,7 @@ def find_subjects(
     encoding = lm.tokenizer(texts, return_offsets_mapping=True, verbose=False)
     indices = []
     for text, row, offsets, span in zip(texts, encoding.input_ids, encoding.offset_mapping, spans, strict=True):
-        _check_length(lm, row, text)
+        check_length(lm, row, text)
         indices.append(_overlapping(offsets, span, text)[-1])
     return encoding.input_ids, indices
 
@@ -184,7 +184,7 @@ def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int], text
     return indices
 
 
-def _check_length(lm: LanguageModel, row: Sequence[int], text: str | None = None) -> None:
+def check_length(lm: LanguageModel, row: Sequence[int], text: str | None = None) -> None:
     name = repr(text if text is None or len(text) <= 80 else text[:77] + "...") if text is not None else "a row"
     if not row:
         raise PromptError(f"{name} has no tokens")

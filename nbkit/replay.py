@@ -1,26 +1,129 @@
-"""Forward passes in which one layer's value is changed at one token of each row: what v* is optimised through.
+"""Running again only what an edit's search for v* can change. Exact, because a causal model is.
 
-Plain for now: every pass runs all layers on all tokens, and only the logits are limited to the positions asked for.
-By causality the layers below the edit and the tokens before the subject's last one never change, so a later version
-may keep those; `Replay` is the one place that would know.
+When a value changes at layer ℓ and position p, nothing below ℓ and nothing before p does. So v* is optimised through
+the tokens from p on and the layers above ℓ, over keys and values of the earlier tokens that are kept, many edits side
+by side (`Replay`); what all prompts have in common, the context templates, is read once (`Prefixes`).
+
+`WholePasses` does the same the plain way, all layers on all tokens. `can_replay` finds out, once for a model, whether
+the two agree, and warns if they do not: then the plain way is taken.
 """
 
+import os
+import warnings
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbkit.hooks import replace
+from nbkit.blocks import Calls, KeyValue, Past, columns_of, finish_block, spans, through, to_logits
+from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad
 
 
-class Replay:
-    """Rows of tokens that are run again and again with another vector added to the value of `layer`.
+class Prefixes:
+    """The context templates' own texts, read once: keys and values of their tokens in every layer.
 
-    rows: token ids. indices: the token of each row whose value is changed. wanted: the tokens of each row, ascending,
-    whose logits are needed.
+    They hold for the weights of that moment; `edit_sequence` makes them anew for each edit. Every prompt may share as
+    many of a prefix's tokens as its own row begins with (`shared`): at the seam a tokenizer may merge differently.
+    """
+
+    def __init__(self, lm: LanguageModel, context_templates: Sequence[str]):
+        texts = [template.split("{}")[0] for template in context_templates]
+        self.rows = [lm.tokenizer(text, verbose=False).input_ids[: lm.max_length] for text in texts]
+        self._read(lm)
+
+    @classmethod
+    def of_rows(cls, lm: LanguageModel, rows: Sequence[Sequence[int]]) -> "Prefixes":
+        """Prefixes given as token ids."""
+        prefixes = cls.__new__(cls)
+        prefixes.rows = [list(row) for row in rows]
+        prefixes._read(lm)
+        return prefixes
+
+    @torch.no_grad()
+    def _read(self, lm: LanguageModel) -> None:
+        self.width = max(len(row) for row in self.rows)
+        self.before: dict[int, KeyValue] = {}
+        if not self.width:
+            return
+        filled = [row or [lm.tokenizer.pad_token_id] for row in self.rows]  # nobody shares what stands for an empty one
+        calls, past = Calls(lm, filled), Past(collect=True)
+        columns, visible = spans([0] * len(filled), [len(row) for row in filled], lm.device)
+        everyone, layers = torch.arange(len(filled), device=lm.device), range(lm.n_layers)
+        arguments = calls.at(everyone, columns, columns, visible, layers)
+        through(lm, columns_of(calls.hidden, columns), layers, arguments, calls.cache, past)
+        self.before = past.collected
+
+    def shared(self, template: int, row: Sequence[int]) -> int:
+        """How many tokens `row` begins with that prefix `template` begins with too."""
+        return len(os.path.commonprefix([self.rows[template], list(row)]))
+
+
+class FirstPass:
+    """Rows of tokens read up to `layer`, each from the token on where its prefix ends; key and value at one token.
+
+    templates: the prefix (of `prefixes`) that each row begins with. indices: the token of each row that counts.
+    keys: (row, d_mlp), values: (row, d_model), as the model has them there.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        templates: Sequence[int],
+        prefixes: Prefixes,
+    ):
+        self.lm, self.layer, device = lm, layer, lm.device
+        self.indices = torch.tensor(indices, device=device)
+        self.everyone = torch.arange(len(rows), device=device)
+        # A row reads at least its token that counts, so that its key is seen.
+        shared = [min(prefixes.shared(t, row), at) for t, row, at in zip(templates, rows, indices, strict=True)]
+        self.shared = torch.tensor(shared, device=device)
+        self.lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.calls = Calls(lm, rows)
+        self.past = Past(prefixes.before, torch.tensor(templates, device=device), collect=True)
+        width = prefixes.width if prefixes.before else 0
+        self.earlier = torch.arange(width, device=device).expand(len(rows), -1)  # the columns of the prefixes
+        self.seen = self.earlier < self.shared[:, None]
+
+        columns, visible = spans(shared, self.lengths.tolist(), device)
+        arguments = self.arguments(self.everyone, columns, visible, range(layer + 1))
+        hidden = columns_of(self.calls.hidden, columns)
+        below = range(layer)
+        hidden = through(lm, hidden, below, arguments[:-1], self.calls.cache, self.past)
+        shape = tuple(hidden.shape[:2])
+        projection, attention = lm.projection(layer), lm.attention(layer)
+        with (
+            capture(projection, "input", shape=shape) as key,
+            capture(projection, "output", shape=shape) as value,
+            capture(attention) as attended,
+        ):
+            self.output = through(lm, hidden, range(layer, layer + 1), arguments[-1:], self.calls.cache, self.past)
+        self.columns = columns
+        place = self.everyone, self.indices - self.shared
+        self.keys, self.values = key.value[place], value.value[place]
+        self.into_block, self.attended = hidden[place][:, None], attended.value.reshape(*shape, -1)[place][:, None]
+
+    def arguments(self, rows: Tensor, columns: Tensor, visible: Tensor, layers: range) -> list[dict[str, Any]]:
+        """The arguments of `layers` for columns of rows that attend to the prefix and to each other."""
+        keys = torch.cat([self.earlier[rows], columns], 1)
+        return self.calls.at(rows, columns, keys, torch.cat([self.seen[rows], visible], 1), layers)
+
+
+class Replay:
+    """Prompts of many edits, run again and again with a vector of each edit's own added to its prompts' value.
+
+    rows: token ids. indices: the token of each row whose value is changed, at `layer`. wanted: the tokens of each row,
+    none before its index, whose logits are needed. edits: the number of each row's edit, ascending. templates and
+    prefixes as in `FirstPass`.
+
+    keys: (row, d_mlp), values: (row, d_model) of the unchanged model at the indices.
     """
 
     def __init__(
@@ -30,21 +133,198 @@ class Replay:
         rows: Sequence[Sequence[int]],
         indices: Sequence[int],
         wanted: Sequence[Sequence[int]],
+        edits: Sequence[int],
+        templates: Sequence[int],
+        prefixes: Prefixes,
     ):
-        self.lm = lm
-        self.projection = lm.projection(layer)
-        self.batch = pad(lm, rows)
-        self.at = torch.arange(len(rows), device=lm.device), self.batch.columns(indices)
-        self.keep = torch.zeros(self.batch.shape, dtype=torch.bool)  # (row, position)
-        for row, tokens in enumerate(wanted):
-            self.keep[row, list(tokens)] = True  # rows are padded on the right: index and column are the same
-        self.keep = self.keep.to(lm.device)
+        self.lm, self.layer, device = lm, layer, lm.device
+        with torch.no_grad():
+            first = FirstPass(lm, layer, rows, indices, templates, prefixes)
+            self.keys, self.values = first.keys, first.values
+            self.edits = torch.tensor(edits, device=device)
+            self.columns, self.visible = spans(indices, first.lengths.tolist(), device)
+            self.above, self.cache = range(layer + 1, lm.n_layers), first.calls.cache
+            self.output = columns_of(first.output, self.columns - first.shared[:, None])
+            self.into_block, self.attended = first.into_block, first.attended
+            self._read_between(first)
+            self._arrange(first)
+        counts = torch.tensor([len(tokens) for tokens in wanted], device=device)
+        flat = torch.tensor([token for tokens in wanted for token in tokens], device=device)
+        self.wanted_rows = first.everyone.repeat_interleave(counts)
+        self.wanted_columns = flat - first.indices[self.wanted_rows]
 
-    def logits(self, delta: Float[Tensor, " d_model"]) -> Float[Tensor, "wanted vocabulary"]:
-        """Logits at the wanted tokens, row by row, `delta` added to each row's value. Differentiable in `delta`."""
+    def _read_between(self, first: FirstPass) -> None:
+        """Keys and values, above the layer, of the tokens between the shared prefix and the changed one."""
+        lm, device = self.lm, self.lm.device
+        between = first.indices - first.shared
+        width = int(between.max())
+        some = between.nonzero()[:, 0]
+        self.before: dict[int, KeyValue] = {}
+        offsets = torch.arange(width, device=device).expand(len(between), -1)
+        self.earlier = torch.cat([first.earlier, first.shared[:, None] + offsets], 1)
+        self.seen = torch.cat([first.seen, offsets < between[:, None]], 1)
+        if not len(self.above):
+            return
+        past = Past(first.past.before, first.past.rows[some], collect=True)
+        if width:
+            columns, visible = spans(first.shared[some].tolist(), first.indices[some].tolist(), device)
+            arguments = first.arguments(some, columns, visible, self.above)
+            hidden = columns_of(first.output[some], columns - first.shared[some, None])
+            through(lm, hidden, self.above, arguments, self.cache, past)
+        for layer in self.above:
+            parts = [first.past.of(layer)] if layer in first.past.before else []
+            if width:
+                parts.append(tuple(_spread(part, some, len(between)) for part in past.collected[layer]))
+            if parts:
+                self.before[layer] = tuple(torch.cat(pair, 2) for pair in zip(*parts, strict=True))
+
+    def _arrange(self, first: FirstPass) -> None:
+        keys, visible = torch.cat([self.earlier, self.columns], 1), torch.cat([self.seen, self.visible], 1)
+        self.arguments = first.calls.at(first.everyone, self.columns, keys, visible, self.above)
+        at = self.columns[:, :1]
+        self.block_arguments = first.calls.at(
+            first.everyone, at, at, visible[:, :1] | True, range(self.layer, self.layer + 1)
+        )
+
+    def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
+        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
+        values = self.values + deltas.to(self.values.dtype)[self.edits]
+        changed = finish_block(
+            self.lm, self.layer, self.into_block, self.attended, values[:, None], self.block_arguments[0], self.cache
+        )
+        hidden = torch.cat([changed, self.output[:, 1:]], 1)
+        hidden = through(self.lm, hidden, self.above, self.arguments, self.cache, Past(self.before))
+        return to_logits(self.lm, hidden[self.wanted_rows, self.wanted_columns])
+
+    def select(self, edits: Int[Tensor, " kept"]) -> None:
+        """Go on with these edits only (ascending numbers); they are numbered anew from 0, in order."""
+        number = torch.full((int(self.edits.max()) + 1,), -1, device=self.lm.device)
+        number[edits] = torch.arange(len(edits), device=self.lm.device)
+        rows = (number[self.edits] >= 0).nonzero()[:, 0]
+        place = torch.full_like(self.edits, -1)
+        place[rows] = torch.arange(len(rows), device=self.lm.device)
+        kept = place[self.wanted_rows] >= 0
+        self.wanted_rows, self.wanted_columns = place[self.wanted_rows[kept]], self.wanted_columns[kept]
+        for name in ("keys", "values", "output", "into_block", "attended"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.edits = number[self.edits[rows]]
+        self.before = {layer: (key[rows], value[rows]) for layer, (key, value) in self.before.items()}
+        done: dict[int, Any] = {}
+        self.arguments = [_rows_of(named, rows, done) for named in self.arguments]
+        self.block_arguments = [_rows_of(named, rows, done) for named in self.block_arguments]
+
+
+class WholePasses:
+    """`Replay` the plain way: every pass runs all layers on all tokens of all rows. Same arguments, same numbers."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        wanted: Sequence[Sequence[int]],
+        edits: Sequence[int],
+    ):
+        self.lm, self.projection = lm, lm.projection(layer)
+        self.rows, self.indices, self.wanted, self.edits = list(rows), list(indices), list(wanted), list(edits)
+        self._arrange()
+        with torch.no_grad():
+            with (
+                capture(self.projection, "input", shape=self.batch.shape) as key,
+                capture(self.projection, "output", shape=self.batch.shape, stop=True) as value,
+            ):
+                lm.logits(self.batch, keep=1)
+            self.keys, self.values = key.value[self.at], value.value[self.at]
+
+    def _arrange(self) -> None:
+        device = self.lm.device
+        self.batch = pad(self.lm, self.rows)
+        self.at = torch.arange(len(self.rows), device=device), self.batch.columns(self.indices)
+        self.edit_of_row = torch.tensor(self.edits, device=device)
+        keep = torch.zeros(self.batch.shape, dtype=torch.bool)  # (row, position)
+        for row, tokens in enumerate(self.wanted):
+            keep[row, list(tokens)] = True  # rows are padded on the right: index and column are the same
+        self.keep = keep.to(device)
+
+    def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
+        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
 
         def add(values: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
-            return values.index_put(self.at, delta.to(values.dtype).expand(values.shape[0], -1), accumulate=True)
+            return values.index_put(self.at, deltas.to(values.dtype)[self.edit_of_row], accumulate=True)
 
         with replace(self.projection, add, shape=self.batch.shape):
             return self.lm.logits(self.batch, keep=self.keep)
+
+    def select(self, edits: Int[Tensor, " kept"]) -> None:
+        """Go on with these edits only (ascending numbers); they are numbered anew from 0, in order."""
+        number = {old: new for new, old in enumerate(edits.tolist())}
+        rows = [row for row, edit in enumerate(self.edits) if edit in number]
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.rows, self.indices, self.wanted = (
+            [whole[row] for row in rows] for whole in (self.rows, self.indices, self.wanted)
+        )
+        self.edits = [number[self.edits[row]] for row in rows]
+        self._arrange()
+
+
+_REPLAYABLE: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
+
+
+def can_replay(lm: LanguageModel) -> bool:
+    """Whether `Replay` and `WholePasses` agree on this model: tried once, on two rows, with and without a prefix.
+
+    A False comes with a warning that says what was found; the plain way is then taken wherever this is asked.
+    """
+    if lm not in _REPLAYABLE:
+        finding = _disagreement(lm)
+        if finding:
+            warnings.warn(
+                f"{lm.name}: its passes cannot be cut short ({finding}), so every one runs all layers on all tokens, "
+                "which is right but many times slower",
+                stacklevel=2,
+            )
+        _REPLAYABLE[lm] = not finding
+    return _REPLAYABLE[lm]
+
+
+def _disagreement(lm: LanguageModel) -> str:
+    """What keeps a model from being replayed, "" if nothing does."""
+    n_tokens = min(12, lm.max_length)
+    tokens = torch.arange(7, 7 + n_tokens).remainder(lm.model.get_input_embeddings().weight.shape[0]).tolist()
+    rows, indices = [tokens, tokens[: n_tokens // 2]], [n_tokens // 2, 0]
+    wanted = [range(n_tokens // 2, n_tokens), range(n_tokens // 2)]
+    layer = (lm.n_layers - 1) // 2
+    with torch.no_grad():
+        plain = WholePasses(lm, layer, rows, indices, wanted, [0, 1])
+        deltas = plain.values.flip(1) * 0.5
+        expected = plain.logits(deltas).float()
+        try:
+            prefixes = Prefixes.of_rows(lm, [tokens[:3]])
+            found = Replay(lm, layer, rows, indices, wanted, [0, 1], [0, 0], prefixes).logits(deltas).float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a block that wants to be called in another way may raise
+            return f"{type(error).__name__}: {error}"
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return "not the same logits are finite"
+    finite = expected.isfinite()  # a model that an edit broke may have few or none
+    error = ((found - expected)[finite].abs().max() / expected[finite].abs().max()).item() if finite.any() else 0.0
+    allowed = 100 * torch.finfo(lm.dtype).eps ** (0.5 if lm.dtype == torch.float64 else 0.9)
+    return "" if error <= allowed else f"logits differ by {error:.1e} of the largest"
+
+
+def _spread(part: Tensor, rows: Int[Tensor, " some"], n_rows: int) -> Tensor:
+    """`part`, which has some rows only, with zeros for the others: they are never seen, but must be numbers."""
+    return part.new_zeros(n_rows, *part.shape[1:]).index_copy(0, rows, part)
+
+
+def _rows_of(named: dict[str, Any], rows: Tensor, done: dict[int, Any]) -> dict[str, Any]:
+    def cut(value: Any) -> Any:
+        if not isinstance(value, (Tensor, tuple)):
+            return value
+        if id(value) not in done:
+            done[id(value)] = tuple(part[rows] for part in value) if isinstance(value, tuple) else value[rows]
+        return done[id(value)]
+
+    return {name: cut(value) for name, value in named.items()}

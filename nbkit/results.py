@@ -201,6 +201,26 @@ class Study:
                     bar.update(end - bar.n)
         return self.frame(units)
 
+    def complete_together(
+        self,
+        units: Iterable[str],
+        compute: Callable[[list[str]], Iterable[tuple[str, list[dict]]]],
+        size: int,
+        label: str = "",
+    ) -> pd.DataFrame:
+        """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once,
+        and gives each unit with its rows. Those that it has given are kept if it is interrupted."""
+        units = list(units)
+        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
+        if pending or self._unsaved:
+            n_done = len(set(units)) - len(pending)
+            with self, tqdm(total=n_done + len(pending), initial=n_done, desc=label) as bar:
+                for start in range(0, len(pending), size):
+                    for unit, rows in compute(pending[start : start + size]):
+                        self.add(unit, rows)
+                        bar.update()
+        return self.frame(units)
+
     def __enter__(self) -> Self:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
         try:

@@ -24,12 +24,15 @@ import pandas as pd
 from nbkit import metrics as measure
 from nbkit import prompts, tasks
 from nbkit.edits import Edit, applied
+from nbkit.errors import NbkitError
 from nbkit.methods import edit, edit_sequence, hyper_parameters
 from nbkit.models import LanguageModel
 from nbkit.moments import SecondMoments
 from nbkit.provenance import code_version, digest, files_digest
 from nbkit.requests import EditRequest
 from nbkit.results import Store, Study, provenance
+
+EDITS_AT_ONCE = 64  # edits of a study that are computed, evaluated and stored together
 
 
 class _Setting:
@@ -67,27 +70,34 @@ class _Setting:
             **self.hparams,
         }
 
-    def edit(self, request: EditRequest) -> Edit:
-        (made,) = edit(self.lm, [request], **self.arguments)
-        return made
+    def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        return edit(self.lm, requests, **self.arguments)
 
-    def metrics_of(self, request: EditRequest, reference: dict, prefixed: bool = False) -> dict[str, float]:
-        """The edit metrics of one request on the model as it is, `_prefixed` ones too if asked for.
+    def metrics_of(self, request: EditRequest, reference: dict) -> dict[str, float]:
+        """The edit metrics of one request on the model as it is."""
+        (row,) = measure.edit_metrics(self.lm, [request], reference).drop(columns="case_id").to_dict("records")
+        return row
+
+    def metrics_of_each(
+        self, requests: Sequence[EditRequest], made: Sequence[Edit], reference: dict
+    ) -> list[dict[str, float]]:
+        """The edit metrics of each request on the model with its own edit, `_prefixed` ones too.
 
         Those ask the rewrite prompt behind one of the sampled prefixes, as in The Fall of ROME; which
         one is drawn by the request's content.
         """
-        (row,) = measure.edit_metrics(self.lm, [request], reference).drop(columns="case_id").to_dict("records")
+        frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
         prefixes = self.arguments["context_templates"][1:]
-        if prefixed and prefixes:
-            alone = dataclasses.replace(
-                request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=()
-            )
-            prefix = prefixes[int(digest(request), 16) % len(prefixes)]
-            (behind,) = measure.edit_metrics(self.lm, [alone], prefix=prefix).to_dict("records")
+        if prefixes:
+            alone = [
+                dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
+                for request in requests
+            ]
+            drawn = [prefixes[int(digest(request), 16) % len(prefixes)] for request in requests]
+            behind = measure.edit_metrics(self.lm, alone, prefix=drawn, edits=made)
             for name in ("efficacy", "efficacy_argmax", "target_probability", "reliability"):
-                row[f"{name}_prefixed"] = behind[name]
-        return row
+                frame[f"{name}_prefixed"] = behind[name]
+        return frame.to_dict("records")
 
 
 def _units(requests: Sequence[EditRequest]) -> dict[str, EditRequest]:
@@ -148,17 +158,29 @@ def single_edits(
     def before() -> float:
         return measure.perplexity(lm, texts)
 
-    def compute(unit: str) -> list[dict]:
-        request = units[unit]
-        row = {**_described(lm, request), "perplexity": None, "perplexity_before": before()}
-        reference = measure.neighborhood_tokens(lm, [request]) if metrics else {}
-        made = setting.edit(request)
-        with applied(lm, made):
-            row["perplexity"] = measure.perplexity(lm, texts)
-            measured = setting.metrics_of(request, reference, prefixed=True) if metrics else {}
-        return [{**row, **_outcome(made), **measured}]
+    def compute(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+        try:
+            yield from together(some)
+        except NbkitError:  # one request that cannot be used shall not keep the others from being done
+            if len(some) > 1:
+                for unit in some:
+                    yield from together([unit])
+            raise
 
-    return study.complete([digest(request) for request in requests], compute, f"{method}, single edits")
+    def together(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+        chosen = [units[unit] for unit in some]
+        made = setting.edits(chosen)
+        after = measure.perplexity(lm, texts, edits=made)
+        measured: Sequence[dict] = [{}] * len(chosen)
+        if metrics:
+            measured = setting.metrics_of_each(chosen, made, measure.neighborhood_tokens(lm, chosen))
+        for unit, request, done, value, row in zip(some, chosen, made, after, measured, strict=True):
+            about = {**_described(lm, request), "perplexity": value, "perplexity_before": before()}
+            yield unit, [{**about, **_outcome(done), **row}]
+
+    return study.complete_together(
+        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{method}, single edits"
+    )
 
 
 def sequential_edits(
@@ -262,7 +284,7 @@ def task_correlation(
     def compute(unit: str) -> list[dict]:
         if unit == "unedited":
             return scored({"edited": False})
-        made = setting.edit(units[unit])
+        (made,) = setting.edits([units[unit]])
         with applied(lm, made):
             return scored({"edited": True, **_described(lm, units[unit]), **_outcome(made)})
 

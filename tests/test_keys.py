@@ -19,16 +19,26 @@ def key_by_hand(lm, text: str, subject_end: int, layer: int) -> torch.Tensor:
     return seen[0].reshape(-1, lm.d_mlp)[n_before - 1]
 
 
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("batch_size", [64, 4])
-def test_keys_are_the_projections_inputs(lm, requests, contexts, tolerance, padding, batch_size):
-    found = keys(lm, requests, 1, contexts, batch_size, padding)
+def test_keys_are_the_projections_inputs(lm, requests, contexts, tolerance):
+    found = keys(lm, requests, 1, contexts)
     assert found.shape == (len(requests), len(contexts), lm.d_mlp)
     for i, request in enumerate(requests):
         for j, prompt in enumerate(in_contexts(request, contexts)):
             text, end = prompt.replace("{}", request.subject), prompt.index("{}") + len(request.subject)
             expected = key_by_hand(lm, text, end, 1).to(found.dtype)
             torch.testing.assert_close(found[i, j], expected, rtol=tolerance, atol=tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("batch_size", [64, 4])
+def test_whole_passes_give_the_same_keys_whatever_batch_and_padding(
+    lm, requests, contexts, tolerance, padding, batch_size
+):
+    prompts = [prompt for request in requests for prompt in in_contexts(request, contexts)]
+    subjects = [request.subject for request in requests for _ in contexts]
+    whole = keys_and_values(lm, prompts, subjects, 1, batch_size, padding).keys
+    found = keys(lm, requests, 1, contexts).flatten(0, 1)
+    torch.testing.assert_close(found, whole, rtol=tolerance, atol=tolerance * whole.abs().max())
 
 
 def test_values_are_the_affine_map_of_keys(lm, contexts, tolerance):

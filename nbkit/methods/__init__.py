@@ -69,8 +69,8 @@ def edit(
     """
     requests = _as_list(requests)
     parameters = hyper_parameters(lm, method, **hparams)
-    templates = _templates(lm, context_templates)
-    moments = _moments(lm, second_moment)
+    templates = as_templates(lm, context_templates)
+    moments = as_moments(lm, second_moment)
     return METHODS[method].run(lm, requests, templates, moments, parameters, progress and len(requests) > 1)
 
 
@@ -91,8 +91,8 @@ def edit_sequence(
     """
     requests = _as_list(requests)
     parameters = hyper_parameters(lm, method, **hparams)
-    templates = _templates(lm, context_templates)
-    moments = _moments(lm, second_moment)
+    templates = as_templates(lm, context_templates)
+    moments = as_moments(lm, second_moment)
 
     def steps() -> Iterator[Step]:
         with restoring(lm) as add:
@@ -143,11 +143,11 @@ def _typed(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _templates(lm: LanguageModel, templates: Sequence[str] | None) -> list[str]:
+def as_templates(lm: LanguageModel, templates: Sequence[str] | None) -> list[str]:
     return prompts.context_templates(lm, seed=0) if templates is None else prompts.check_templates(templates)
 
 
-def _moments(lm: LanguageModel, given: SecondMomentLike) -> SecondMoments:
+def as_moments(lm: LanguageModel, given: SecondMomentLike) -> SecondMoments:
     return given if isinstance(given, SecondMoments) else SecondMoments(given, lm)
 
 

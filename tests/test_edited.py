@@ -1,0 +1,142 @@
+"""Many edited models in one pass score what each of them scores with its edit in the weights."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nbkit import edited
+from nbkit.edited import edited_logits
+from nbkit.edits import Dense, Edit, LowRank, applied
+from nbkit.errors import ModelError
+from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
+from nbkit.requests import EditRequest
+
+
+def update(lm, layer: int, rank: int | None, seed: int, scale: float = 0.02):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(lm.dtype)
+
+    if rank is None:
+        return {lm.weight_name(layer): Dense(noise(lm.d_model, lm.d_mlp))}
+    return {lm.weight_name(layer): LowRank(noise(lm.d_model, rank), 50 * noise(rank, lm.d_mlp))}
+
+
+def edits_of_all_kinds(lm) -> list[Edit]:
+    return [
+        Edit(update(lm, 1, 1, 0)),
+        Edit(update(lm, 1, 1, 1)),
+        Edit(update(lm, 2, 1, 2)),
+        Edit(update(lm, 0, 3, 3)),
+        Edit(update(lm, 1, None, 4)),
+        Edit(update(lm, 0, 1, 5) | update(lm, 2, 1, 6)),  # two layers
+        Edit(update(lm, 1, None, 7)),
+    ]
+
+
+def one_by_one(lm, edits, measure) -> list:
+    values = []
+    for edit in edits:
+        with applied(lm, edit):
+            values.append(measure())
+    return values
+
+
+@pytest.fixture
+def many() -> list[EditRequest]:
+    return [
+        EditRequest("{} is located in", "Vouda", "Sennifar", "Krela", case_id=0,
+                    paraphrase_prompts=("I see Vouda in",)),
+        EditRequest("{} plays the", "Ann", "drum and chess", "harp", case_id=1,
+                    neighborhood_prompts=("Danielle plays",), neighborhood_targets=("harp",)),
+        EditRequest("The mother tongue of {} is", "Danielle Darrieux", "the song", "French", case_id=2,
+                    paraphrase_prompts=("Ann. The mother tongue of Danielle Darrieux is", "Danielle speaks")),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind_of_perplexity", ["sentence_mean", "token"])
+def test_perplexities(lm, texts, tolerance, kind_of_perplexity):
+    edits = edits_of_all_kinds(lm)
+    expected = one_by_one(lm, edits, lambda: perplexity(lm, texts, kind=kind_of_perplexity))
+    before = lm.model.state_dict()[lm.weight_name(1)].clone()
+    found = perplexity(lm, texts, edits=edits, kind=kind_of_perplexity)
+    np.testing.assert_allclose(found, expected, rtol=10 * tolerance)
+    assert len(set(np.round(found, 6))) == len(edits)
+    assert lm.n_applied == 0 and torch.equal(before, lm.weight(1))
+
+
+def test_float32_perplexities(kind, make_lm, texts):
+    lm = make_lm(kind, dtype=torch.float32)
+    edits = edits_of_all_kinds(lm)
+    expected = one_by_one(lm, edits, lambda: perplexity(lm, texts))
+    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=2e-5)
+
+
+def test_edit_metrics_each_with_its_own_edit(lm, many):
+    edits = edits_of_all_kinds(lm)[:3]
+    reference = neighborhood_tokens(lm, many)
+    expected = []
+    for request, edit in zip(many, edits, strict=True):
+        with applied(lm, edit):
+            expected.append(edit_metrics(lm, [request], reference, prefix="The river. {}"))
+    found = edit_metrics(lm, many, reference, prefix="The river. {}", edits=edits)
+    pd.testing.assert_frame_equal(found, pd.concat(expected, ignore_index=True), rtol=1e-4)
+
+
+def test_rows_are_asked_of_the_edit_they_name(tiny):
+    edits = edits_of_all_kinds(tiny)[:2]
+    prompts, targets = ["Vouda is in", "Ann plays the", "Ann plays the"], ["Krela", "harp", "harp"]
+    found = score_targets(tiny, prompts, targets, edits=edits, edit_of=[1, 0, 1])
+    for row, edit in enumerate([edits[1], edits[0], edits[1]]):
+        with applied(tiny, edit):
+            assert found["nll"][row] == pytest.approx(score_targets(tiny, prompts, targets)["nll"][row], rel=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_batches_do_not_matter(tiny, texts, batch_size):
+    rows = [tiny.tokenizer(text).input_ids for text in texts]
+    kept = [range(1, len(row)) for row in rows]
+    edits = edits_of_all_kinds(tiny)
+
+    def logits(**options):
+        found = {}
+        for pairs, values in edited_logits(tiny, edits, rows, kept, [range(len(rows))] * len(edits), **options):
+            found |= zip(pairs, values.split([len(kept[row]) for _, row in pairs]), strict=True)
+        return found
+
+    found, expected = logits(batch_size=batch_size), logits()
+    assert set(found) == {(edit, row) for edit in range(len(edits)) for row in range(len(rows))}
+    for pair in expected:
+        torch.testing.assert_close(found[pair], expected[pair], rtol=1e-10, atol=1e-10)
+
+
+def test_updates_elsewhere_in_a_layer_and_outside_all_layers(tiny, texts, monkeypatch):
+    inner = tiny.weight_name(1).replace("c_proj", "c_fc")
+    up = Dense(0.02 * torch.randn(tiny.d_mlp, tiny.d_model, dtype=tiny.dtype))
+    edits = [Edit({inner: up}), Edit({inner: up} | update(tiny, 1, 1, 0))]
+    expected = one_by_one(tiny, edits, lambda: perplexity(tiny, texts))
+    np.testing.assert_allclose(perplexity(tiny, texts, edits=edits), expected, rtol=1e-10)
+
+    positions = Dense(0.02 * torch.randn(tiny.d_model, tiny.max_length, dtype=tiny.dtype))
+    outside = Edit({"transformer.wpe.weight": positions})
+    expected = one_by_one(tiny, [outside], lambda: perplexity(tiny, texts))
+    monkeypatch.setattr(edited, "SharedPass", None)  # the plain way needs none
+    np.testing.assert_allclose(perplexity(tiny, texts, edits=[outside]), expected, rtol=1e-10)
+
+
+def test_a_broken_model_spoils_only_its_own_numbers(tiny, texts):
+    edits = edits_of_all_kinds(tiny)[:3]
+    edits[1].deltas[tiny.weight_name(1)].left.fill_(torch.nan)
+    found = perplexity(tiny, texts, edits=edits)
+    assert np.isnan(found[1]) and np.isfinite(found[[0, 2]]).all()
+
+
+def test_an_update_of_another_shape_is_refused(tiny, texts):
+    wrong = Edit({tiny.weight_name(1): LowRank(torch.ones(5, 1), torch.ones(1, tiny.d_mlp))})
+    with pytest.raises(ModelError, match="the edit's update of .* is \\(5, 48\\)"):
+        perplexity(tiny, texts, edits=[wrong])
+    with pytest.raises(ModelError, match="a weight that tiny-gpt2 does not have"):
+        perplexity(tiny, texts, edits=[Edit({"transformer.h.1.nothing.weight": Dense(torch.ones(5, 5))})])
+    assert len(perplexity(tiny, texts, edits=[])) == 0
