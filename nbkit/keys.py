@@ -71,8 +71,12 @@ def keys(
 
     The templates' own texts are read once for all requests. `keys_and_values` gives the same, text by text.
     """
-    found = [batch.keys for batch in keys_in_contexts(lm, requests, layer, context_templates, progress)]
-    return torch.cat(found) if found else torch.empty(0, len(context_templates), lm.d_mlp, device=lm.device)
+    templates = check_templates(context_templates)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    found = torch.empty(len(requests), len(templates), lm.d_mlp, dtype=dtype, device=lm.device)
+    for places, batch in keys_in_contexts(lm, requests, layer, templates, progress):
+        found[places] = batch.keys
+    return found
 
 
 def keys_in_contexts(
@@ -81,10 +85,11 @@ def keys_in_contexts(
     layer: int,
     context_templates: Sequence[str],
     progress: bool = False,
-) -> Iterator[KeyPass]:
-    """Keys (request, template, d_mlp) and values (request, template, d_model), a batch of requests at a time, in order.
+) -> Iterator[tuple[list[int], KeyPass]]:
+    """Keys (request, template, d_mlp) and values (request, template, d_model), a batch of requests at a time.
 
-    How many requests are in a batch is for memory to say.
+    How many requests are in a batch is for memory to say, and prompts of like length share one, so each batch comes
+    with its requests' places in the list.
     """
     templates = check_templates(context_templates)
     lm.check_layer(layer)
@@ -95,7 +100,7 @@ def keys_in_contexts(
     size = min(budget(lm.device) // (len(templates) * row.bytes(lm)), REQUESTS_AT_ONCE)
 
     @torch.no_grad()
-    def compute(places: Sequence[int]) -> KeyPass:
+    def compute(places: Sequence[int]) -> tuple[list[int], KeyPass]:
         rows, indices = [], []
         for place in places:
             with named(requests[place]):
@@ -109,12 +114,17 @@ def keys_in_contexts(
             rows = [row[: index + 1] for row, index in zip(rows, indices, strict=True)]
             found = FirstPass(lm, layer, rows, indices, list(range(len(templates))) * len(places), prefixes)
         shape = len(places), len(templates)
-        return KeyPass(widened(found.keys).unflatten(0, shape), widened(found.values).unflatten(0, shape))
+        batch = KeyPass(widened(found.keys).unflatten(0, shape), widened(found.values).unflatten(0, shape))
+        return list(places), batch
 
+    def until_key(place: int) -> int:
+        return len(requests[place].prompt.split("{}")[0]) + len(requests[place].subject)  # characters
+
+    order = sorted(range(len(requests)), key=until_key)
     with tqdm(total=len(requests), desc="keys", unit="request", disable=not progress) as bar:
-        for batch in in_batches(range(len(requests)), size, compute):
-            bar.update(len(batch.keys))
-            yield batch
+        for places, batch in in_batches(order, size, compute):
+            bar.update(len(places))
+            yield places, batch
 
 
 def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:

@@ -42,16 +42,15 @@ def collapse_risk(
     parameters = hyper_parameters(lm, "rome", key_mode=key_mode, **given)
     templates, moments = as_templates(lm, context_templates), as_moments(lm, second_moment)
     weight_norm = lm.weight(parameters.layer).double().norm()
-    parts = []
-    for found in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
+    numbers = torch.empty(len(requests), 4, dtype=torch.float64)
+    for places, found in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
         key, value_now, u = update_direction(found, moments, parameters.layer, key_mode)
         value_init = found.values[:, 0]
         denominator = (key.double() * u).sum(-1).abs()
         norm = value_init.double().norm(dim=-1)
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
         bound = largest / denominator
-        parts.append(torch.stack([denominator, norm, bound, bound / weight_norm], 1).cpu())
-    numbers = torch.cat(parts).numpy() if parts else torch.empty(0, 4).numpy()
+        numbers[places] = torch.stack([denominator, norm, bound, bound / weight_norm], 1).cpu()
     about = [
         {
             "case_id": None if request.case_id is None else str(request.case_id),
@@ -62,5 +61,5 @@ def collapse_risk(
         }
         for request in requests
     ]
-    measured = pd.DataFrame(numbers, columns=["denominator", "value_norm", "update_norm_bound", "risk"])
+    measured = pd.DataFrame(numbers.numpy(), columns=["denominator", "value_norm", "update_norm_bound", "risk"])
     return pd.concat([pd.DataFrame(about), measured], axis=1)
