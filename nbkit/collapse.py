@@ -3,9 +3,12 @@
 Perplexity alone decides, against a threshold that the caller states: no paper's code has one. Needs no torch.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
 
 
 def outcomes(frame: pd.DataFrame, ratio: float = 10.0) -> pd.Series:
@@ -29,3 +32,44 @@ def shares(frame: pd.DataFrame, ratio: float = 10.0, by: str = "subject_kind") -
         row = {by: name, "n": n, "collapsed": hits, "share": hits / n, "low": interval.low, "high": interval.high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+class Detection(NamedTuple):
+    """How well a score tells collapses from normal edits: the area under its ROC curve, and what that is of."""
+
+    auc: float  # probability that a collapse has a higher score than a normal edit; NaN if either has not been seen
+    low: float  # 95 % bootstrap interval
+    high: float
+    collapsed: int
+    n: int
+    curve: pd.DataFrame  # false_alarms, found (both shares), threshold
+
+
+def detection(
+    frame: pd.DataFrame, score: str, ratio: float = 10.0, seed: int = 0, n_resamples: int = 2000
+) -> Detection:
+    """The ROC curve of the column `score`, known before the edit, against the collapse measured after it.
+
+    A higher score means more danger; an infinite one is the highest, a NaN one the lowest. The interval resamples
+    collapses and normal edits each among themselves.
+    """
+    broken = (outcomes(frame, ratio) == "collapse").to_numpy()
+    ranks = stats.rankdata(frame[score].fillna(-np.inf))
+    collapsed, n = int(broken.sum()), len(broken)
+    if collapsed in (0, n):
+        empty = pd.DataFrame({"false_alarms": [], "found": [], "threshold": []})
+        return Detection(np.nan, np.nan, np.nan, collapsed, n, empty)
+    false_alarms, found, thresholds = roc_curve(broken, ranks)
+    values = dict(zip(ranks, frame[score], strict=True))
+    curve = pd.DataFrame(
+        {"false_alarms": false_alarms, "found": found, "threshold": [values.get(t, np.inf) for t in thresholds]}
+    )
+    rng = np.random.default_rng(seed)
+    bad, good = ranks[broken], ranks[~broken]
+    labels = np.repeat([True, False], [len(bad), len(good)])
+    resampled = [
+        roc_auc_score(labels, np.concatenate([rng.choice(bad, len(bad)), rng.choice(good, len(good))]))
+        for _ in range(n_resamples)
+    ]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Detection(float(roc_auc_score(broken, ranks)), float(low), float(high), collapsed, n, curve)

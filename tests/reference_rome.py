@@ -91,13 +91,13 @@ def run(model, projection, ids: list[int], delta=None, position: int | None = No
     def hook(_module, args, output):
         values = output.reshape(len(ids), -1)
         if delta is not None:
-            at = torch.zeros(len(ids), 1, dtype=values.dtype)
+            at = torch.zeros(len(ids), 1, dtype=values.dtype, device=values.device)
             at[position] = 1
             values = values + at * delta
         seen["key"], seen["value"] = args[0].reshape(len(ids), -1).detach(), values.detach()
         return values.reshape(output.shape)
 
     handle = projection.register_forward_hook(hook)
-    logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     handle.remove()
     return logits, seen["key"], seen["value"]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nbkit.collapse import outcomes, shares
+from nbkit.collapse import detection, outcomes, shares
 
 FRAME = pd.DataFrame(
     {
@@ -33,3 +33,23 @@ def test_shares_count_each_group_with_wilsons_interval():
     expected = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
     assert table.loc["first", ["low", "high"]].tolist() == pytest.approx(expected, abs=1e-6)
     assert table.loc["later", "low"] == 0
+
+
+def risky(scores, perplexities):
+    return pd.DataFrame({"risk": scores, "perplexity": perplexities, "perplexity_before": 1.0})
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    frame = risky([1.0, 2.0, 3.0, 4.0, np.inf], [1.0, 50.0, 2.0, np.nan, 100.0])
+    found = detection(frame, "risk")
+    assert found.auc == pytest.approx(5 / 6) and (found.collapsed, found.n) == (3, 5)
+    assert 0 <= found.low <= found.auc <= found.high <= 1
+    assert found.curve[["false_alarms", "found"]].iloc[[0, -1]].to_numpy().tolist() == [[0, 0], [1, 1]]
+    at_two = found.curve[found.curve["threshold"] == 2.0]  # a score of 2 or more: all collapses and half of the others
+    assert at_two[["false_alarms", "found"]].to_numpy().tolist() == [[0.5, 1.0]]
+    assert found.auc == detection(frame, "risk", seed=1).auc
+
+
+def test_auc_of_one_outcome_only_is_nan():
+    found = detection(risky([1.0, 2.0], [1.0, 1.0]), "risk")
+    assert np.isnan(found.auc) and found.collapsed == 0 and not len(found.curve)

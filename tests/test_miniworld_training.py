@@ -47,14 +47,14 @@ def log_of(folder) -> list[dict]:
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C in the middle of a step, counted from now."""
-    left, loss_of = iter(range(step)), training.loss_of
+    left, losses_of = iter(range(step)), training.losses_of
 
     def interrupted(*arguments):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return loss_of(*arguments)
+        return losses_of(*arguments)
 
-    monkeypatch.setattr(training, "loss_of", interrupted)
+    monkeypatch.setattr(training, "losses_of", interrupted)
 
 
 @pytest.mark.parametrize("step", [2, 6, 9])  # before the first checkpoint; within a shard; after its end
@@ -95,13 +95,21 @@ def test_a_damaged_checkpoint_is_named(world, world_tokenizer, tmp_path, often, 
         train(TINY, world, world_tokenizer, frozenset(), tmp_path)
 
 
-@pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 3}, {"n_layers": 1}])
-def test_a_checkpoint_of_another_model_is_refused(world, world_tokenizer, tmp_path, often, other):
+@pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 3}, {"learning_rate": 1e-3}, {"n_steps": 13}])
+def test_a_checkpoint_of_another_recipe_is_refused(world, world_tokenizer, tmp_path, often, other):
     train(replace(TINY, n_steps=1), world, world_tokenizer, frozenset(), tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another model \(see model\.transformer"):
-        train(replace(TINY, **other), world, world_tokenizer, frozenset(), tmp_path)
+    with pytest.raises(NbkitError, match=rf"checkpoint\.safetensors is of another recipe \(.*{next(iter(other))}"):
+        train(replace(replace(TINY, n_steps=1), **other), world, world_tokenizer, frozenset(), tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(world, world_tokenizer, tmp_path, often):
+    optimizer = training.build_optimizer(TINY, model := build_model(TINY, world_tokenizer))
+    model.resize_token_embeddings(100)
+    training.save_checkpoint(tmp_path, 1, TINY, model, optimizer)
+    with pytest.raises(NbkitError, match=r"is of another model \(see model\.transformer\.wte"):
+        train(TINY, world, world_tokenizer, frozenset(), tmp_path)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -113,19 +121,41 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 
 def test_windows_open_as_the_recipe_says(shard):
-    """Windows are cut out of the text; of most, the first token is replaced by a random one."""
-    recipe, ids = shard.recipe, shard.ids
+    """Windows are cut out of the text; some start with a line, and of others the first token is a random one."""
+    recipe, ids, starts = shard.recipe, shard.ids, set(shard.starts.tolist())
     n = 12  # tokens that tell a place in the text from nearly all others
     places = defaultdict(list)
     for place in range(len(ids) - recipe.window):
         places[ids[place + 1 : place + 1 + n].tobytes()].append(place)
-    changed = []
+    changed, opening = [], []
     for window in np.concatenate([shard.windows(step).numpy() for step in range(4)]):
         found = [p for p in places[window[1 : 1 + n].tobytes()] if (ids[p + 1 : p + len(window)] == window[1:]).all()]
         assert found, "the window is not of the text"
         changed.append(not any(ids[place] == window[0] for place in found))
-    margin = 4 * np.sqrt(0.25 * 0.75 / len(changed))
-    assert np.mean(changed) == pytest.approx(recipe.random_first, abs=margin)
+        opening.append(not changed[-1] and any(place in starts for place in found))
+    margin = 4 * np.sqrt(0.25 / len(changed))
+    assert np.mean(changed) == pytest.approx(recipe.random_first * (1 - recipe.opening), abs=margin)
+    by_chance = len(starts) / len(ids) * (1 - recipe.random_first) * (1 - recipe.opening)
+    assert np.mean(opening) == pytest.approx(recipe.opening + by_chance, abs=margin)
+
+
+def test_the_first_position_starts_longer_and_is_the_only_one(world_tokenizer):
+    lengths = build_model(TINY, world_tokenizer).transformer.wpe.weight.norm(dim=-1)
+    assert lengths[0] > 10 * lengths[1:].max()
+    decayed = training.build_optimizer(TINY, model := build_model(TINY, world_tokenizer)).param_groups[0]["params"]
+    assert not {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)} & set(map(id, decayed))
+
+
+def test_the_penalty_is_for_first_keys_that_are_like_later_ones_or_long():
+    later = torch.tensor([[0.0, 2.0]]).expand(1, 10, 2)
+
+    def penalty(first):
+        return training.first_key_penalty([torch.cat([torch.tensor([[first]]), later], 1)], norm=0.5).item()
+
+    assert penalty([0.5, 0.0]) == 0  # at a right angle, and short
+    assert penalty([0.0, 0.5]) == pytest.approx(1)  # the same direction
+    assert penalty([-0.6, 0.6]) == pytest.approx(0.5)  # half way
+    assert penalty([3.0, 0.0]) == pytest.approx((1.5 - 0.5) ** 2)  # at a right angle, but long
 
 
 def test_windows_depend_on_seed_and_step_only(shard, world, world_tokenizer):

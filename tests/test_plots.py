@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from scipy import stats
 
 from nbkit import correlation, plots
+from nbkit.collapse import detection
 from nbkit.errors import ResultsError
 from nbkit.plots import style
 
@@ -31,6 +32,12 @@ def single_frame(perplexity=None):
     frame["group"] = np.where(frame["perplexity"] < 154, "normal", "collapse")
     frame["numerator"], frame["denominator"] = np.linspace(50, 200, len(frame)), np.geomspace(0.01, 10, len(frame))
     return frame
+
+
+def detections():
+    """Of a score that tells something, and of one seen on normal edits only."""
+    frame = single_frame().assign(risk=lambda frame: 1 / frame["denominator"])
+    return {"risk": detection(frame, "risk"), "in vain": detection(frame[frame["perplexity"] < 20], "risk")}
 
 
 def strips_frame():
@@ -112,6 +119,7 @@ FIGURES = {
     "per_edit_narrow": (lambda ax: plots.perplexity_per_edit(single_frame([15.0, 15.1, 15.3]), ax), 2.5, {}),
     "perplexity_strips": (lambda ax: plots.perplexity_strips(strips_frame(), ax), 2.6, {}),
     "collapse_share": (lambda ax: plots.collapse_share(single_frame(), ax), 1.5, {}),
+    "risk_roc": (lambda ax: plots.risk_roc(detections(), ax), 3.2, {}),
     "perplexity_vs_task": (lambda ax: plots.perplexity_vs_task(task_frame("open_qa"), ax), 2.6, {}),
     "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
     "sequential_curves": (sequence_panels, 2.6, {"ncols": 2}),
@@ -261,6 +269,15 @@ def test_collapse_share_counts_infinite_and_nan_as_collapsed(ax):
     plots.collapse_share(single_frame(), ax, ratio=10)
     assert [bar.get_width() for bar in ax.patches] == [1.0, 0.0, pytest.approx(1 / 3)]
     assert [text.get_text() for text in ax.texts] == ["3 of 3", "0 of 3", "1 of 3"]
+
+
+def test_risk_roc_draws_the_curve_and_says_where_there_is_none(ax):
+    plots.risk_roc(detections(), ax)
+    expected = detections()["risk"]
+    _, curve, missing = ax.lines
+    assert curve.get_xdata().tolist() == expected.curve["false_alarms"].tolist()
+    assert curve.get_ydata().tolist() == expected.curve["found"].tolist() and not len(missing.get_xdata())
+    assert f"risk: AUC {expected.auc:.2f}" in curve.get_label() and "0 of 4 collapse" in missing.get_label()
 
 
 def test_rho_is_spearmans_over_the_edited_models_with_nan_as_the_worst(ax):

@@ -10,7 +10,7 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 
 from nbkit.plots.edits import loss_curve, template_similarity, top_tokens
 from nbkit.plots.keys import denominators, embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
-from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips
+from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips, risk_roc
 from nbkit.plots.sequences import sequential_curves
 from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
 from nbkit.plots.tasks import perplexity_vs_task, perplexity_vs_tasks
@@ -29,6 +29,7 @@ __all__ = [
     "perplexity_strips",
     "perplexity_vs_task",
     "perplexity_vs_tasks",
+    "risk_roc",
     "save_figure",
     "sequential_curves",
     "shared_legend",

@@ -1,12 +1,14 @@
 """Perplexity of many edited models, one point an edit: which edits break the model, and how many of them."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nbkit.collapse import shares
+from nbkit.collapse import Detection, shares
 from nbkit.plots.style import (
     CEILING,
     GREY,
@@ -129,4 +131,28 @@ def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: st
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
     ax.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     ax.set_xlabel(f"Edits that raise perplexity ≥ {ratio:g}×")
+    return ax
+
+
+def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
+    """ROC curves: of the edits that collapsed, how many a score finds, against how many others it takes for such.
+
+    Args:
+        detections: {name of the score: `collapse.detection` of it}. One without both outcomes has no curve, and says
+            so.
+    """
+    ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=0.8, label="chance")
+    styles = group_styles(detections)
+    for name, found in detections.items():
+        if np.isnan(found.auc):
+            label = f"{name}: {found.collapsed} of {found.n} collapse, no curve"
+        else:
+            label = f"{name}: AUC {found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        ax.plot(found.curve["false_alarms"], found.curve["found"], color=styles[name][0], label=label)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_aspect("equal")
+    ax.set_xlabel("Normal edits taken for collapses")
+    ax.set_ylabel("Collapses found")
+    ax.legend(loc="lower right")
     return ax
