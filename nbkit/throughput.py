@@ -7,12 +7,12 @@
 
 Three paths do the same work:
 
-| path         | how                                                                                                    |
-|--------------|--------------------------------------------------------------------------------------------------------|
-| plain        | the papers' formulae, one text at a time through the whole model: tests/reference_rome.py and           |
-|              | tests/reference_metrics.py, the oracles that the engine is tested against                              |
-| whole passes | nbkit without its replay: the prompts of an edit in one batch, all layers, all tokens                  |
-| replay       | nbkit as it is                                                                                         |
+| path         | how                                                                                               |
+|--------------|---------------------------------------------------------------------------------------------------|
+| plain        | the papers' formulae, one text at a time through the whole model: tests/reference_rome.py and     |
+|              | tests/reference_metrics.py, the oracles that the engine is tested against                         |
+| whole passes | nbkit without its replay: the prompts of an edit in one batch, all layers, all tokens             |
+| replay       | nbkit as it is                                                                                    |
 
 A row is one measurement: what ("edit", "edit and evaluate", "screen", "second moment", "growth"), path, model, device,
 dtype, threads, n (items asked for together), repeat, items (that the clock ran over), seconds_per_item (wall time, the
@@ -80,7 +80,9 @@ SHAPES: dict[str, Shape] = {
         layer=2,
     ),
     "gpt2-xl": Shape(transformers.GPT2Config, {"n_layer": 48, "n_embd": 1600, "n_head": 25}, layer=17),
-    "gpt-j-6b": Shape(transformers.GPTJConfig, {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64}, layer=5),
+    "gpt-j-6b": Shape(
+        transformers.GPTJConfig, {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64}, layer=5
+    ),
     "llama-2-7b": Shape(
         transformers.LlamaConfig, {**_LLAMA, "intermediate_size": 11008, "max_position_embeddings": 4096}, layer=5
     ),
@@ -456,8 +458,9 @@ def flops_per_edit(work: Workload, n: int) -> float:
 
 
 def time_shares(work: Workload, n: int = 8) -> pd.DataFrame:
-    """Where an edit's time goes, of the plain loop (one edit) and of replay (n): path, n, part, seconds_per_edit, share.
+    """Where an edit's time goes, of the plain loop (one edit) and of replay (n edits).
 
+    Columns: path, n, part, seconds_per_edit, share.
     Parts, none of which contains another: "tokenizing" (and, in replay, arranging rows); "first pass" (prefixes, keys,
     values, what attention reads later; the plain loop's keys are in "forward"); "forward", of the steps; "output head",
     its matrix product; "softmax"; "backward", of all of them; "rest" (loss, Adam, the closed form, bookkeeping).

@@ -33,7 +33,8 @@ SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | 
 
 @dataclass(frozen=True)
 class Method:
-    """`run(lm, requests, context_templates, second_moments, parameters, progress) -> list[Edit]`, and its settings."""
+    """`run(lm, requests, context_templates, second_moments, parameters, progress, batch_size) -> list[Edit]`, and its
+    settings."""
 
     run: Callable[..., list[Edit]]
     parameters: type
@@ -58,9 +59,12 @@ def edit(
     context_templates: Sequence[str] | None = None,
     second_moment: SecondMomentLike = None,
     progress: bool = True,
+    batch_size: int | None = None,
     **hparams: Any,
 ) -> list[Edit]:
     """Independent edits of the model as it is, one Edit a request; the model is unchanged afterwards.
+
+    Many are computed side by side and do not see each other: batch_size at once, or as many as memory takes.
 
     context_templates: the first must be "{}"; None samples them from the model with seed 0.
     second_moment: E[k kᵀ], one matrix or {layer: matrix}, or a SecondMoments, whose factors then serve many calls;
@@ -71,7 +75,7 @@ def edit(
     parameters = hyper_parameters(lm, method, **hparams)
     templates = as_templates(lm, context_templates)
     moments = as_moments(lm, second_moment)
-    return METHODS[method].run(lm, requests, templates, moments, parameters, progress and len(requests) > 1)
+    return METHODS[method].run(lm, requests, templates, moments, parameters, progress and len(requests) > 1, batch_size)
 
 
 def edit_sequence(
