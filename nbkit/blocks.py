@@ -124,10 +124,12 @@ def through(
 
 def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
     """What the model makes of the residual stream above its last block: its norm, head and whatever else it does."""
-    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=lm.device)
+    # What is embedded does not matter. Token ids would: models look for padding among them, and a GPU waits for that.
+    width = lm.model.get_input_embeddings().weight.shape[1]
+    blank = torch.zeros(len(hidden), 1, width, dtype=hidden.dtype, device=lm.device)
+    positions = torch.zeros(len(hidden), 1, dtype=torch.long, device=lm.device)
     with _passing(lm, enter=hidden[:, None]):
-        seen = torch.ones_like(tokens)
-        return lm.model(input_ids=tokens, attention_mask=seen, position_ids=tokens, use_cache=False).logits[:, 0]
+        return lm.model(inputs_embeds=blank, position_ids=positions, use_cache=False).logits[:, 0]
 
 
 @contextmanager

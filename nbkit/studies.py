@@ -4,7 +4,8 @@
 
 Rows are stored under a key made of the model, the data, every parameter and the code (`results.py`), so a study that is
 interrupted goes on where it was, one with more requests or seeds computes only those, and one that is all there takes
-no time. Requests count by their content, not by their place in the list.
+no time. Requests count by their content, not by their place in the list; what a row was computed together with changes
+it by no more than rounding.
 
 Every study takes a `store` (None: `runs/results`), the `method` with its hyper-parameters, and `context_templates` and
 `second_moment` as in `nbkit.edit`. The model is unchanged afterwards, also after an interrupt. An infinite or NaN

@@ -90,6 +90,34 @@ def curve_frame():
     return frame.assign(similarity=np.where(frame["position"] == 0, 0.95, 0.15) + RANDOM.normal(0, 0.02, len(rows)))
 
 
+def timing_frame():
+    models, paths = ["miniworld-gpt2", "gpt2-6x256"], [("plain", 1), ("whole passes", 1), ("replay", 1), ("replay", 8), ("replay", 64)]
+    rows = list(itertools.product(["edit", "edit and evaluate"], models, enumerate(paths), range(3)))
+    frame = pd.DataFrame(
+        [(what, model, *path, repeat, (1 + repeat / 10) * (1 + (model == models[1])) / (1 + 4 * place))
+         for what, model, (place, path), repeat in rows],
+        columns=["what", "model", "path", "n", "repeat", "seconds_per_item"])  # fmt: skip
+    return frame
+
+
+def shares_frame():
+    parts = ["tokenizing", "first pass", "forward", "output head", "softmax", "backward", "rest"]
+    shares = {("plain", 1, 1.9): [0.001, 0, 0.7, 0.06, 0.01, 0.2, 0.029], ("replay", 64, 0.11): [0.01, 0.1, 0.4, 0.04, 0.01, 0.4, 0.04]}
+    rows = [
+        {"path": path, "n": n, "part": part, "share": share, "seconds_per_edit": share * total}
+        for (path, n, total), values in shares.items()
+        for part, share in zip(parts, values, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def growth_frame():
+    n = np.minimum(np.arange(64, 5064, 64), 5000)
+    items = np.diff(n, prepend=0)
+    seconds = 0.2 + RANDOM.normal(0, 0.01, len(n))
+    return pd.DataFrame({"n": n, "items": items, "seconds_per_item": seconds, "peak_memory": 6e8 + RANDOM.normal(0, 1e7, len(n))})
+
+
 LOSS = pd.DataFrame({"step": range(6), "nll": [6, 3, 1.5, 0.7, 0.2, 0.04], "kl": 0.01, "weight_decay": 0.02})
 TOKENS = pd.DataFrame(
     {"token": [" Krela", "\n", " $x$", " averyveryverylongtokenthatdoesnotend"], "before": [0.1, 0.2, 0.3, 0.05],
@@ -113,6 +141,14 @@ def sequence_panels(axes):
     plots.label_panels(axes)
 
 
+def throughput_panels(axes):
+    plots.seconds_per_edit(timing_frame(), axes[0, 0])
+    plots.time_shares(shares_frame(), axes[0, 1])
+    plots.cost_growth(growth_frame(), axes[1, 0])
+    plots.cost_growth(growth_frame(), axes[1, 1], y="peak_memory")
+    plots.label_panels(axes.flat)
+
+
 # name: (draws on an axes or an array of them, height in inches, arguments of plt.subplots)
 FIGURES = {
     "perplexity_per_edit": (lambda ax: plots.perplexity_per_edit(single_frame(), ax), 2.5, {}),
@@ -130,6 +166,11 @@ FIGURES = {
     "similarity_curves": (lambda ax: plots.similarity_curves(curve_frame(), ax), 2.4, {}),
     "loss_curve": (lambda ax: plots.loss_curve(LOSS, ax), 2.4, {}),
     "top_tokens": (lambda ax: plots.top_tokens(TOKENS, ax, target=" Krela"), 2.0, {}),
+    "seconds_per_edit": (lambda ax: plots.seconds_per_edit(timing_frame(), ax), 2.6, {}),
+    "time_shares": (lambda ax: plots.time_shares(shares_frame(), ax), 2.2, {}),
+    "cost_growth": (lambda ax: plots.cost_growth(growth_frame(), ax), 2.2, {}),
+    "memory_growth": (lambda ax: plots.cost_growth(growth_frame(), ax, y="peak_memory"), 2.2, {}),
+    "throughput": (throughput_panels, 4.6, {"nrows": 2, "ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 
@@ -401,6 +442,40 @@ def test_token_labels_show_blanks_and_no_mathematics(ax):
     assert len(labels[3].get_text()) == 30
 
 
+def test_seconds_per_edit_are_medians_with_the_plain_loop_beside_them(ax):
+    frame = timing_frame()
+    plots.seconds_per_edit(frame, ax)
+    (line,) = [line for line in ax.lines if line.get_label() == "miniworld-gpt2"]
+    assert line.get_xdata().tolist() == [1, 8, 64]
+    np.testing.assert_allclose(line.get_ydata(), [1.1 / 9, 1.1 / 13, 1.1 / 17])
+    dashed = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(dashed, [1.1, 2.2])
+    assert [text.get_text() for text in ax.texts] == ["17×", "17×"]
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    with pytest.raises(ValueError, match="no rows of 'screen'"):
+        plots.seconds_per_edit(frame, ax, what="screen")
+
+
+def test_time_shares_add_up_to_the_whole(ax):
+    plots.time_shares(shares_frame(), ax)
+    ends = [bar.get_x() + bar.get_width() for bar in ax.patches]
+    assert max(ends) == pytest.approx(1.0) and len(ax.patches) == 14
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain\n(1 edit)\n1.9 s", "replay\n(64 edits)\n0.11 s"]
+    with pytest.raises(ValueError, match="at most 7 parts"):
+        plots.time_shares(pd.concat([shares_frame(), shares_frame().assign(part="one more")]), ax)
+
+
+def test_growth_is_the_mean_over_requests_not_over_batches(ax):
+    frame = pd.DataFrame({"n": [64, 100], "items": [64, 36], "seconds_per_item": [1.0, 2.0], "peak_memory": [2**31, 2**30]})
+    plots.cost_growth(frame, ax)
+    (line,) = [line for line in ax.lines if line.get_label() == "mean so far"]
+    np.testing.assert_allclose(line.get_ydata(), [1.0, 1.36])
+    ax.clear()
+    plots.cost_growth(frame, ax, y="peak_memory")
+    (line,) = [line for line in ax.lines if line.get_label() == "highest so far"]
+    assert line.get_ydata().tolist() == [2, 2] and ax.get_ylim()[0] == 0
+
+
 def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
     assert style.group_styles(["hard", "normal"])["normal"] == style.group_styles(["normal", "x"])["normal"]
     looks = style.group_styles(["normal", "collapse", "a", "b", "c"])
@@ -410,7 +485,9 @@ def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
 @pytest.mark.parametrize(
     ("function", "frame"),
     [(plots.perplexity_per_edit, single_frame()), (plots.denominators, single_frame()), (plots.top_tokens, TOKENS),
-     (plots.sequential_curves, sequence_frame()), (plots.similarity_histogram, keys_frame())],
+     (plots.sequential_curves, sequence_frame()), (plots.similarity_histogram, keys_frame()),
+     (plots.seconds_per_edit, timing_frame()), (plots.time_shares, shares_frame()),
+     (plots.cost_growth, growth_frame())],
 )  # fmt: skip
 def test_missing_columns_and_empty_frames_are_named(ax, function, frame):
     with pytest.raises(ValueError, match="no rows"):

@@ -14,11 +14,13 @@ from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexi
 from nbkit.plots.sequences import sequential_curves
 from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
 from nbkit.plots.tasks import perplexity_vs_task, perplexity_vs_tasks
+from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 
 __all__ = [
     "COLUMN",
     "TWO_COLUMNS",
     "collapse_share",
+    "cost_growth",
     "denominators",
     "embedding_scatter",
     "label_panels",
@@ -31,10 +33,12 @@ __all__ = [
     "perplexity_vs_tasks",
     "risk_roc",
     "save_figure",
+    "seconds_per_edit",
     "sequential_curves",
     "shared_legend",
     "similarity_curves",
     "similarity_histogram",
     "template_similarity",
+    "time_shares",
     "top_tokens",
 ]
