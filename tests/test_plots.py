@@ -91,18 +91,21 @@ def curve_frame():
 
 
 def timing_frame():
-    models, paths = ["miniworld-gpt2", "gpt2-6x256"], [("plain", 1), ("whole passes", 1), ("replay", 1), ("replay", 8), ("replay", 64)]
+    models = ["miniworld-gpt2", "gpt2-6x256"]
+    paths = [("plain", 1), ("whole passes", 1), ("replay", 1), ("replay", 8), ("replay", 64)]
     rows = list(itertools.product(["edit", "edit and evaluate"], models, enumerate(paths), range(3)))
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         [(what, model, *path, repeat, (1 + repeat / 10) * (1 + (model == models[1])) / (1 + 4 * place))
          for what, model, (place, path), repeat in rows],
         columns=["what", "model", "path", "n", "repeat", "seconds_per_item"])  # fmt: skip
-    return frame
 
 
 def shares_frame():
     parts = ["tokenizing", "first pass", "forward", "output head", "softmax", "backward", "rest"]
-    shares = {("plain", 1, 1.9): [0.001, 0, 0.7, 0.06, 0.01, 0.2, 0.029], ("replay", 64, 0.11): [0.01, 0.1, 0.4, 0.04, 0.01, 0.4, 0.04]}
+    shares = {
+        ("plain", 1, 1.9): [0.001, 0, 0.7, 0.06, 0.01, 0.2, 0.029],
+        ("replay", 64, 0.11): [0.01, 0.1, 0.4, 0.04, 0.01, 0.4, 0.04],
+    }
     rows = [
         {"path": path, "n": n, "part": part, "share": share, "seconds_per_edit": share * total}
         for (path, n, total), values in shares.items()
@@ -114,8 +117,8 @@ def shares_frame():
 def growth_frame():
     n = np.minimum(np.arange(64, 5064, 64), 5000)
     items = np.diff(n, prepend=0)
-    seconds = 0.2 + RANDOM.normal(0, 0.01, len(n))
-    return pd.DataFrame({"n": n, "items": items, "seconds_per_item": seconds, "peak_memory": 6e8 + RANDOM.normal(0, 1e7, len(n))})
+    seconds, memory = 0.2 + RANDOM.normal(0, 0.01, len(n)), 6e8 + RANDOM.normal(0, 1e7, len(n))
+    return pd.DataFrame({"n": n, "items": items, "seconds_per_item": seconds, "peak_memory": memory})
 
 
 LOSS = pd.DataFrame({"step": range(6), "nll": [6, 3, 1.5, 0.7, 0.2, 0.04], "kl": 0.01, "weight_decay": 0.02})
@@ -460,13 +463,15 @@ def test_time_shares_add_up_to_the_whole(ax):
     plots.time_shares(shares_frame(), ax)
     ends = [bar.get_x() + bar.get_width() for bar in ax.patches]
     assert max(ends) == pytest.approx(1.0) and len(ax.patches) == 14
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain\n(1 edit)\n1.9 s", "replay\n(64 edits)\n0.11 s"]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["plain\n(1 edit)\n1.9 s", "replay\n(64 edits)\n0.11 s"]
     with pytest.raises(ValueError, match="at most 7 parts"):
         plots.time_shares(pd.concat([shares_frame(), shares_frame().assign(part="one more")]), ax)
 
 
 def test_growth_is_the_mean_over_requests_not_over_batches(ax):
-    frame = pd.DataFrame({"n": [64, 100], "items": [64, 36], "seconds_per_item": [1.0, 2.0], "peak_memory": [2**31, 2**30]})
+    frame = pd.DataFrame({"n": [64, 100], "items": [64, 36], "seconds_per_item": [1.0, 2.0]})
+    frame["peak_memory"] = [2**31, 2**30]
     plots.cost_growth(frame, ax)
     (line,) = [line for line in ax.lines if line.get_label() == "mean so far"]
     np.testing.assert_allclose(line.get_ydata(), [1.0, 1.36])
