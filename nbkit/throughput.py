@@ -261,7 +261,9 @@ def editing(
 
 def _warm_up(work: Workload) -> None:
     request = work.some(0, 1)
-    work.evaluate(request, work.edit(request))
+    made = work.edit(request)
+    if work.texts:
+        work.evaluate(request, made)
     plain("metrics").perplexity(work.lm.model, work.lm.tokenizer, [request[0].text])
 
 
@@ -446,12 +448,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return 2 * size**3 / float(np.median(seconds[2:]))
 
 
+def side_by_side(work: Workload, n: int) -> int:
+    """How many of n edits asked for together share a batch, unless memory runs out: the others come after them."""
+    rome, p = import_module("nbkit.methods.rome"), hyper_parameters(work.lm, "rome", **work.hparams)
+    jobs = [rome._job(work.lm, request, work.context_templates) for request in work.some(0, n)]
+    return min(n, max(1, rome._batch_size(work.lm, jobs, p.layer)))
+
+
 def flops_per_edit(work: Workload, n: int) -> float:
     """Floating-point operations of one edit among n, as torch's FlopCounterMode counts them while they are done.
 
     It counts matrix products, forwards and backwards, padding included: 2 (rows · d_in · d_out) each.
     """
     requests = work.some(0, n)
+    work.edit(requests[:1])  # the first edit of a model also tries whether it can be replayed
     with FlopCounterMode(display=False) as counter:
         work.edit(requests)
     return counter.get_total_flops() / n

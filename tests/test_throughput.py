@@ -1,0 +1,304 @@
+"""What is timed is the same work on every path, and the arithmetic over the times. No test asserts a speed."""
+
+import math
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+import pytest
+import reference_metrics
+import torch
+import transformers
+from conftest import CONTEXT, D_MODEL, N_LAYERS
+
+from nbkit import throughput
+from nbkit.edits import Edit, LowRank, applied
+from nbkit.errors import ModelError, NbkitError
+from nbkit.memory import free_memory
+from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity
+from nbkit.requests import EditRequest
+from nbkit.throughput import Workload
+
+ROME = import_module("nbkit.methods.rome")  # nbkit.methods.rome, spelt so, is the function of that name
+STEPS = {"layer": 1, "v_num_grad_steps": 3, "v_lr": 0.1}
+ROW = ["what", "path", "model", "device", "dtype", "threads", "n", "repeat", "items", "seconds_per_item",
+       "peak_memory", "n_steps"]  # fmt: skip
+
+
+@pytest.fixture
+def asked():
+    """Requests with all, with some and with none of what metrics are measured by."""
+    return [
+        EditRequest("{} is located in", "Vouda", "Sennifar", "Krela", case_id=0,
+                    paraphrase_prompts=("The river runs through", "You was born in"),
+                    neighborhood_prompts=("The capital of Krela is", "Ann plays the"),
+                    neighborhood_targets=("Sennifar", "drum song")),
+        EditRequest("The mother tongue of {} is", "Danielle Darrieux", "the song", case_id=1,
+                    paraphrase_prompts=("Because Ann plays",)),
+        EditRequest("{} plays the", "Ann", "drum", "harp", case_id=2),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def work(tiny, asked, contexts, texts):
+    return Workload(tiny, asked, contexts, texts, STEPS)
+
+
+def random_edit(lm):
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randn(lm.d_model, 1, generator=generator, dtype=torch.float64) * 0.1
+    return Edit({lm.weight_name(1): LowRank(left, torch.randn(1, lm.d_mlp, generator=generator, dtype=torch.float64))})
+
+
+# --- the plain loops --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_the_plain_loops(lm, asked, texts, tolerance):
+    parts, edits = (lm.model, lm.tokenizer), [random_edit(lm) for _ in asked]
+    reference = neighborhood_tokens(lm, asked)
+    by_hand = [reference_metrics.neighborhood_tokens(*parts, request) for request in asked]
+    assert [list(map(list, reference[request])) for request in asked] == by_hand
+    with applied(lm, edits[0]):
+        expected = reference_metrics.perplexity(*parts, texts)
+        rows = [reference_metrics.edit_metrics(*parts, *pair) for pair in zip(asked, by_hand, strict=True)]
+        here = edit_metrics(lm, asked, reference)
+        assert perplexity(lm, texts) == pytest.approx(expected, rel=10 * tolerance)
+    found = edit_metrics(lm, asked, reference, edits=edits)
+    for frame in (here, found):
+        pd.testing.assert_frame_equal(
+            frame[list(rows[0])], pd.DataFrame(rows), rtol=100 * tolerance, check_exact=False, check_dtype=False
+        )
+    assert found.drop(columns="case_id").columns.tolist() == sorted(rows[0], key=list(found.columns).index)
+    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=100 * tolerance)
+
+
+def test_the_plain_path_of_a_workload_does_what_the_engine_does(work):
+    requests = work.some(0, 3)
+    edits = work.edit(requests)
+    perplexities, table = work.evaluate(requests, edits)
+    for place, request in enumerate(requests):
+        made = work.edit_plainly(request)
+        (delta,) = edits[place].deltas.values()
+        assert torch.allclose(made["delta_W"], delta.dense(), rtol=1e-8, atol=1e-12)
+        assert len(made["losses"]) == len(edits[place].info["losses"]) == 3
+        alone, row = work.evaluate_plainly(request, made)
+        assert alone == pytest.approx(perplexities[place])
+        for name, value in row.items():
+            assert value == pytest.approx(table[name][place], nan_ok=True), name
+
+
+def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
+    requests = work.some(0, 2)
+    expected = work.edit(requests)
+    read = []
+    monkeypatch.setattr(ROME, "Replay", lambda *_: read.append("replay"))
+    with throughput.whole_passes():
+        found = work.edit(requests)
+        perplexities, _ = work.evaluate(requests, found)
+    assert not read
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(*(next(iter(edit.deltas.values())).dense() for edit in (one, other)), rtol=1e-8)
+    np.testing.assert_allclose(perplexities, work.evaluate(requests, expected)[0])
+    with pytest.raises(AttributeError):
+        work.edit(requests)
+    assert read == ["replay"]
+
+
+def test_without_the_repository_the_plain_loops_are_missed_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("nbkit.paths.ROOT", tmp_path)
+    with pytest.raises(NbkitError, match="reference_nothing.py is not there: measure in a checkout"):
+        throughput.plain("nothing")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_are_taken_in_turn(work):
+    assert [request.case_id for request in work.some(2, 5)] == [2, 0, 1, 2, 0]
+
+
+def test_every_path_has_a_row_per_repeat_and_size(work):
+    frame = throughput.editing(work, sizes=[1, 4], repeats=2, n_plain=2)
+    assert frame.columns.tolist() == ROW
+    counts = frame.groupby(["what", "path", "n", "items"]).size()
+    for what in ("edit", "edit and evaluate"):
+        assert counts[what].to_dict() == {
+            ("plain", 1, 2): 2, ("replay", 1, 2): 2, ("replay", 4, 4): 2, ("whole passes", 1, 2): 2
+        }  # fmt: skip
+    assert (frame["seconds_per_item"] > 0).all() and (frame["n_steps"] == 3).all()
+    assert set(frame["dtype"]) == {"float64"} and set(frame["device"]) == {"cpu"}
+    assert set(frame["threads"]) == {torch.get_num_threads()}
+    parts = frame.set_index(["what", "path", "n", "repeat"])["seconds_per_item"]
+    assert (parts["edit and evaluate"] > parts["edit"]).all()
+
+
+def test_without_texts_edits_alone_are_timed(tiny, asked, contexts):
+    frame = throughput.editing(Workload(tiny, asked, contexts, hparams=STEPS), sizes=[1], repeats=1)
+    assert set(frame["what"]) == {"edit"}
+
+
+def test_screening_growth_and_reading_count_what_they_did(work, tiny, texts):
+    screened = throughput.screening(work, n=5, repeats=2)
+    assert screened[["what", "n", "items", "repeat"]].values.tolist() == [["screen", 5, 5, 0], ["screen", 5, 5, 1]]
+    grown = throughput.growth(work, n_requests=5, batch=2)
+    assert grown[["n", "items"]].values.tolist() == [[2, 2], [4, 2], [5, 1]]
+    read = throughput.reading(tiny, texts, n_tokens=40, layer=1, repeats=1)
+    assert read[["path", "n", "items"]].values.tolist() == [["one layer", 1, 40], ["all layers", N_LAYERS, 40]]
+    for frame in (screened, grown, read):
+        assert frame.columns.tolist() == ROW and (frame["peak_memory"] > 2**20).all()
+
+
+def test_the_clock_returns_the_result_and_the_peak_in_between():
+    def work():
+        held = torch.ones(2**25)  # 128 MiB, every page written
+        return held[:3].tolist()
+
+    result, seconds, peak = throughput.measured(work, torch.device("cpu"))
+    assert result == [1.0] * 3 and seconds > 0
+    assert peak > 2**27
+
+
+def test_rows_name_the_precision(work):
+    single = work.lm
+    single.model.float()
+    with throughput.matmul_precision("tf32"):
+        assert throughput._row(single, "edit", "replay", 1.0, 0, n=1, repeat=0, items=1)["dtype"] == "tf32"
+    assert throughput._row(single, "edit", "replay", 1.0, 0, n=1, repeat=0, items=1)["dtype"] == "float32"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def frame_of(*rows):
+    """Rows of (what, path, n, repeat, seconds_per_item)."""
+    frame = pd.DataFrame(rows, columns=["what", "path", "n", "repeat", "seconds_per_item"])
+    return frame.assign(model="tiny", device="cpu", dtype="float32", threads=1, items=frame["n"], peak_memory=2**30)
+
+
+def test_ratios_compare_within_a_repeat_and_setting():
+    frame = frame_of(
+        ("edit", "plain", 1, 0, 2.0), ("edit", "plain", 1, 1, 4.0), ("edit", "plain", 1, 2, 3.0),
+        ("edit", "replay", 8, 0, 0.2), ("edit", "replay", 8, 1, 0.2), ("edit", "replay", 8, 2, 0.1),
+        ("edit and evaluate", "plain", 1, 0, 3.0), ("edit and evaluate", "replay", 8, 0, 0.5),
+        ("screen", "replay", 64, 0, 0.01), ("screen", "replay", 64, 1, 0.01),
+        ("second moment", "all layers", 3, 0, 1e-5),
+    )  # fmt: skip
+    other = frame[:4].assign(model="other", seconds_per_item=1.0)
+    table = throughput.ratios(pd.concat([frame, other])).set_index(["model", "what", "path", "n"])
+    assert list(table.index.get_level_values("what")) == ["edit", "edit and evaluate", "screen", "edit"]
+    found = table.loc["tiny", "edit", "replay", 8]
+    assert found[["repeats", "seconds_per_item"]].tolist() == [3, 0.2]
+    np.testing.assert_allclose(found[["ratio", "low", "high"]].astype(float), [20, 10, 30])
+    np.testing.assert_allclose(table.loc["tiny", "screen", "replay", 64]["ratio"], 300)
+    assert table.loc["tiny", "edit and evaluate", "replay", 8]["ratio"] == 6
+    assert table.loc["other", "edit", "replay", 8]["ratio"] == 1
+
+
+def test_growth_is_summed_over_requests():
+    frame = frame_of(*(("growth", "replay", n, 0, seconds) for n, seconds in [(64, 1.0), (128, 2.0), (160, 4.0)]))
+    frame["items"], frame["peak_memory"] = [64, 64, 32], [3, 2, 5]
+    table = throughput.growing(frame, at=[50, 100, 5000])
+    assert table["n"].tolist() == [64, 128, 160]
+    np.testing.assert_allclose(table["seconds_per_item"], [1.0, 1.5, 2.0])
+    np.testing.assert_allclose(table["relative"], [1.0, 1.5, 2.0])
+    np.testing.assert_allclose(table["batch_seconds"], [1.0, 2.0, 4.0])
+    assert table["peak_memory"].tolist() == [3, 3, 5]
+
+
+def test_shapes_are_summed_up_by_formula():
+    frame = frame_of(
+        ("edit", "plain", 1, 0, 10.0), ("edit", "whole passes", 1, 0, 2.0), ("edit", "replay", 1, 0, 1.0),
+        ("edit", "replay", 64, 0, 0.1), ("edit", "replay", 512, 0, 0.2), ("screen", "replay", 2000, 0, 0.001),
+        ("growth", "replay", 64, 0, 0.3), ("second moment", "one layer", 1, 0, 1.0),
+        ("second moment", "all layers", 3, 0, 1e-4),
+    ).assign(flops_per_edit=2e12, matmul_rate=4e13)  # fmt: skip
+    (row,) = throughput.by_shape(frame).to_dict("records")
+    expected = {
+        "model": "tiny", "dtype": "float32", "edits_per_second_plain": 0.1, "edits_per_second_whole": 0.5,
+        "edits_per_second_replay": 10, "n": 64, "ratio": 100, "tflops_per_edit": 2, "matmul_tflops": 40,
+        "matmul_fraction": 0.5, "peak_gib": 1, "tokens_per_second": 1e4, "screened_per_second": 1000,
+        "screen_minutes": 21919 * 0.001 / 60, "edit_minutes": 21919 * 0.3 / 60,
+    }  # fmt: skip
+    assert row.keys() == expected.keys()
+    for name, value in expected.items():
+        assert row[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_the_rate_of_products_is_two_size_cubed_over_the_median(monkeypatch):
+    seconds = iter([9.0, 9.0, 0.5, 2.0, 1.0])  # two of them warm up
+    monkeypatch.setattr(throughput, "measured", lambda function, device: (function(), next(seconds), 0))
+    rate = throughput.matmul_rate(torch.device("cpu"), torch.float32, size=10, repeats=3)
+    assert rate == 2 * 10**3 / 1.0
+
+
+def test_operations_grow_with_the_steps(tiny, asked, contexts):
+    def flops(steps, n=2):
+        hparams = {**STEPS, "v_num_grad_steps": steps}
+        return throughput.flops_per_edit(Workload(tiny, asked, contexts, hparams=hparams), n)
+
+    one, two, three = (flops(steps) for steps in (1, 2, 3))
+    assert 0 < one < two and three - two == pytest.approx(two - one)
+
+
+def test_shares_are_of_the_whole_and_leave_no_trace(work):
+    before = {name: parameter.clone() for name, parameter in work.lm.model.named_parameters()}
+    functions = [getattr(owner, name) for _, owner, name in throughput._parts(work.lm)]
+    frame = throughput.time_shares(work, n=2)
+    assert frame.groupby("path")["share"].sum().to_dict() == pytest.approx({"plain": 1.0, "replay": 1.0})
+    shares = frame.set_index(["path", "part"])["share"]
+    for path in ("plain", "replay"):
+        assert (shares[path].drop("first pass") > 0).all()
+    assert shares["plain", "first pass"] == 0 and shares["replay", "first pass"] > 0
+    assert [getattr(owner, name) for _, owner, name in throughput._parts(work.lm)] == functions
+    assert all(torch.equal(parameter, before[name]) for name, parameter in work.lm.model.named_parameters())
+
+
+def test_no_more_edits_run_side_by_side_than_memory_takes(work, monkeypatch):
+    assert throughput.side_by_side(work, 3) == 3
+    monkeypatch.setattr(ROME, "budget", lambda _device: 1)
+    assert throughput.side_by_side(work, 3) == 1
+
+
+# --- models of a shape ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"),
+    [("gpt2-6x256", 5.59), ("gpt2-xl", 1557.6), ("gpt-j-6b", 6050.9), ("llama-2-7b", 6738.4), ("llama-3-8b", 8030.3)],
+)
+def test_shapes_have_the_published_numbers_of_parameters(shape, millions):
+    assert throughput.n_parameters(shape) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+def test_a_random_model_is_the_same_for_a_seed_and_has_its_shapes_name():
+    lm, same, other = (throughput.random_model("gpt2-6x256", "cpu", seed=seed) for seed in (0, 0, 1))
+    assert (lm.name, lm.n_layers, lm.d_model, lm.dtype) == ("gpt2-6x256", 6, 256, torch.float32)
+    assert torch.equal(lm.weight(2), same.weight(2)) and not torch.equal(lm.weight(2), other.weight(2))
+    assert throughput.random_model("gpt2-6x256", "cpu", "bfloat16").dtype == torch.bfloat16
+
+
+def test_what_cannot_be_measured_is_refused_at_the_door(monkeypatch):
+    with pytest.raises(ModelError, match="unknown shape 'gpt5'; known: gpt2-6x256"):
+        throughput.check_shapes(["gpt2-6x256", "gpt5"], ["float32"], "cpu")
+    with pytest.raises(ModelError, match="unknown precision 'float8'; known: float32"):
+        throughput.check_shapes(["gpt2-6x256"], ["float8"], "cpu")
+    monkeypatch.setattr(throughput, "free_memory", lambda device: min(free_memory(device), 2**34))
+    with pytest.raises(ModelError, match="llama-3-8b in float32 takes 29.9 GiB .* choose bfloat16"):
+        throughput.check_shapes(["llama-3-8b"], ["float32"], "cpu")
+
+
+@pytest.mark.parametrize("precision", list(throughput.PRECISIONS))
+def test_a_shape_is_measured_whole(precision, monkeypatch, asked, contexts, texts):
+    sizes = {"n_layer": N_LAYERS, "n_embd": D_MODEL, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 3072}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    monkeypatch.setitem(throughput.SHAPES, "tiny", throughput.Shape(transformers.GPT2Config, sizes, layer=1))
+    rows = throughput.of_shape(
+        "tiny", precision, asked, contexts, texts[:2], texts, sizes=[1, 2], repeats=1, n_requests=3, n_tokens=30,
+        device="cpu",
+    )  # fmt: skip
+    assert set(rows["what"]) == {"edit", "edit and evaluate", "screen", "growth", "second moment"}
+    assert set(rows["dtype"]) == {precision}
+    (summary,) = throughput.by_shape(rows).to_dict("records")
+    assert summary["model"] == "tiny" and all(math.isfinite(v) for v in summary.values() if not isinstance(v, str))
+    assert torch.get_float32_matmul_precision() == "highest"
