@@ -1,6 +1,6 @@
 """How long edits take, and how long they would take without the fast engine: measured in one run, as tidy rows.
 
-    work = Workload(lm, requests, nbkit.context_templates(lm), texts)
+    work = workload("miniworld-gpt2", requests, nbkit.context_templates(lm), texts)
     rows = pd.concat([editing(work, sizes=[1, 8, 64]), screening(work, n=64)])
     ratios(rows)                                    # how many times faster than the plain loop, with the spread
     random_model("gpt2-xl", precision="bfloat16")   # a model of that shape with random weights: nothing is downloaded
@@ -48,7 +48,7 @@ from nbkit.edits import Dense, Edit, applied
 from nbkit.errors import ModelError, NbkitError
 from nbkit.memory import free_memory
 from nbkit.methods import edit, hyper_parameters
-from nbkit.models import LanguageModel
+from nbkit.models import LanguageModel, load
 from nbkit.moments import second_moments
 from nbkit.requests import EditRequest
 from nbkit.risk import collapse_risk
@@ -215,6 +215,26 @@ class Workload:
             return loops.perplexity(*parts, list(self.texts)), loops.edit_metrics(*parts, request, reference)
 
 
+def workload(
+    name: str,
+    requests: Sequence[EditRequest],
+    context_templates: Sequence[str],
+    texts: Sequence[str] = (),
+    device: str = "auto",
+    precision: str = "float32",
+) -> Workload:
+    """That of a shape with random weights, or of a model by any name that `nbkit.load` takes, at the layer it has.
+
+    A random model's loss says nothing, so in a shape no search for v* stops early: each takes all of its steps.
+    """
+    if name in SHAPES:
+        lm = random_model(name, device, precision)
+        hparams = {"layer": SHAPES[name].layer, "early_stop_loss": 0.0}
+    else:
+        lm, hparams = load(name, device, PRECISIONS[precision][0]), {}
+    return Workload(lm, requests, context_templates, texts, hparams)
+
+
 @functools.cache
 def plain(name: str) -> ModuleType:
     """The plain loops of that name. NbkitError where the package is installed without the repository's tests."""
@@ -350,13 +370,11 @@ def of_shape(
 ) -> pd.DataFrame:
     """All rows of one random model in one precision, with columns `flops_per_edit` and `matmul_rate`; see `by_shape`.
 
-    No search for v* stops early (a random model's loss says nothing), so each takes all of its steps. n_requests are
-    screened, and are edited and evaluated in batches of the fastest of the sizes.
+    n_requests are screened, and are edited and evaluated in batches of the fastest of the sizes.
     """
     with matmul_precision(precision):
-        lm = random_model(shape, device, precision)
-        hparams = {"layer": SHAPES[shape].layer, "early_stop_loss": 0.0}
-        work = Workload(lm, requests, context_templates, texts, hparams)
+        work = workload(shape, requests, context_templates, texts, device, precision)
+        lm = work.lm
         rows = [editing(work, sizes, repeats, progress=progress)]
         best = _fastest(rows[0])
         rows += [
