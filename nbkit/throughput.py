@@ -48,6 +48,7 @@ from nbkit.edits import Dense, Edit, applied
 from nbkit.errors import ModelError, NbkitError
 from nbkit.memory import free_memory
 from nbkit.methods import edit, hyper_parameters
+from nbkit.methods.values import edits_at_once, value_job
 from nbkit.models import LanguageModel, load
 from nbkit.moments import second_moments
 from nbkit.requests import EditRequest
@@ -468,9 +469,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 def side_by_side(work: Workload, n: int) -> int:
     """How many of n edits asked for together share a batch, unless memory runs out: the others come after them."""
-    rome, p = import_module("nbkit.methods.rome"), hyper_parameters(work.lm, "rome", **work.hparams)
-    jobs = [rome._job(work.lm, request, work.context_templates) for request in work.some(0, n)]
-    return min(n, max(1, rome._batch_size(work.lm, jobs, p.layer)))
+    jobs = [value_job(work.lm, request, work.context_templates) for request in work.some(0, n)]
+    layer = hyper_parameters(work.lm, "rome", **work.hparams).layer
+    return min(n, max(1, edits_at_once(work.lm, jobs, layer)))
 
 
 def flops_per_edit(work: Workload, n: int) -> float:
@@ -515,7 +516,7 @@ def _parts(lm: LanguageModel) -> list[tuple[str, Any, str]]:
     rome = import_module("nbkit.methods.rome")
     return [
         ("tokenizing", type(lm.tokenizer), "__call__"),
-        ("tokenizing", rome, "_job"),
+        ("tokenizing", rome, "value_job"),
         ("first pass", replay.Prefixes, "__init__"),
         ("first pass", replay.Replay, "__init__"),
         ("forward", replay.Replay, "logits"),

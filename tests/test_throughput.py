@@ -1,7 +1,6 @@
 """What is timed is the same work on every path, and the arithmetic over the times. No test asserts a speed."""
 
 import math
-from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -15,11 +14,11 @@ from nbkit import throughput
 from nbkit.edits import Edit, LowRank, applied
 from nbkit.errors import ModelError, NbkitError
 from nbkit.memory import free_memory
+from nbkit.methods import values
 from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity
 from nbkit.requests import EditRequest
 from nbkit.throughput import Workload
 
-ROME = import_module("nbkit.methods.rome")  # nbkit.methods.rome, spelt so, is the function of that name
 STEPS = {"layer": 1, "v_num_grad_steps": 3, "v_lr": 0.1}
 ROW = ["what", "path", "model", "device", "dtype", "threads", "n", "repeat", "items", "seconds_per_item",
        "peak_memory", "n_steps"]  # fmt: skip
@@ -91,7 +90,7 @@ def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
     requests = work.some(0, 2)
     expected = work.edit(requests)
     read = []
-    monkeypatch.setattr(ROME, "Replay", lambda *_: read.append("replay"))
+    monkeypatch.setattr(values, "Replay", lambda *_: read.append("replay"))
     with throughput.whole_passes():
         found = work.edit(requests)
         perplexities, _ = work.evaluate(requests, found)
@@ -256,7 +255,7 @@ def test_shares_are_of_the_whole_and_leave_no_trace(work):
 
 def test_no_more_edits_run_side_by_side_than_memory_takes(work, monkeypatch):
     assert throughput.side_by_side(work, 3) == 3
-    monkeypatch.setattr(ROME, "budget", lambda _device: 1)
+    monkeypatch.setattr(values, "budget", lambda _device: 1)
     assert throughput.side_by_side(work, 3) == 1
 
 
