@@ -321,7 +321,7 @@ def test_risk_roc_draws_the_curve_and_says_where_there_is_none(ax):
     _, curve, missing = ax.lines
     assert curve.get_xdata().tolist() == expected.curve["false_alarms"].tolist()
     assert curve.get_ydata().tolist() == expected.curve["found"].tolist() and not len(missing.get_xdata())
-    assert f"risk: AUC {expected.auc:.2f}" in curve.get_label() and "0 of 4 collapse" in missing.get_label()
+    assert f"risk: AUC {expected.auc:.2f}" in curve.get_label() and "0 of 5 collapse" in missing.get_label()
 
 
 def test_rho_is_spearmans_over_the_edited_models_with_nan_as_the_worst(ax):
