@@ -342,8 +342,12 @@ def growth(work: Workload, n_requests: int, batch: int, progress: bool = False) 
 
 
 def reading(lm: LanguageModel, texts: Sequence[str], n_tokens: int, layer: int, repeats: int = 3) -> pd.DataFrame:
-    """Rows of "second moment", the items being tokens: of one layer, and of all in one pass; n is how many layers."""
-    choices = {"one layer": [layer], "all layers": list(range(lm.n_layers))}
+    """Rows of "second moment", the items being tokens: of one layer, and of all in one pass; n is how many layers.
+
+    All are as many as half of the free memory has room for: each holds a float64 matrix of (d_mlp, d_mlp).
+    """
+    most = max(1, int(free_memory(lm.device) / 2 / (8 * lm.d_mlp**2)))
+    choices = {"one layer": [layer], "all layers": list(range(min(most, lm.n_layers)))}
     second_moments(lm, choices["all layers"], texts, min(n_tokens, 1000))
     rows = []
     for repeat in range(repeats):
@@ -606,8 +610,9 @@ def by_shape(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: edits_per_second_plain, _whole (whole passes), _replay (at the best n), n, ratio (replay to plain),
     tflops_per_edit, matmul_tflops (per second, measured), matmul_fraction (of that rate, which replay reaches),
-    peak_gib, tokens_per_second (second moments, all layers), screened_per_second, and for the 21,919 requests of
-    CounterFact, extrapolated: screen_minutes, edit_minutes (with evaluation).
+    peak_gib (of all but second moments), tokens_per_second (second moments, of moment_layers at once),
+    screened_per_second, and for the 21,919 requests of CounterFact, extrapolated: screen_minutes, edit_minutes (with
+    evaluation).
     """
     rows = []
     for (model, dtype), group in frame.groupby(["model", "dtype"], sort=False):
@@ -616,13 +621,14 @@ def by_shape(frame: pd.DataFrame) -> pd.DataFrame:
         alone, whole, together = (seconds["edit", *at] for at in (("plain", 1), ("whole passes", 1), ("replay", best)))
         flops, rate = group["flops_per_edit"].iloc[0], group["matmul_rate"].iloc[0]
         study = growing(group[group["what"] == "growth"])["seconds_per_item"].iloc[-1]
-        screen = float(seconds["screen"].iloc[0])
+        screen, moments = float(seconds["screen"].iloc[0]), seconds["second moment", "all layers"]
+        peak = group.loc[group["what"] != "second moment", "peak_memory"].max()
         rows.append({
             "model": model, "dtype": dtype, "edits_per_second_plain": 1 / alone, "edits_per_second_whole": 1 / whole,
             "edits_per_second_replay": 1 / together, "n": best, "ratio": alone / together,
             "tflops_per_edit": flops / 1e12, "matmul_tflops": rate / 1e12,
-            "matmul_fraction": flops / together / rate, "peak_gib": group["peak_memory"].max() / 2**30,
-            "tokens_per_second": 1 / float(seconds["second moment", "all layers"].iloc[0]),
+            "matmul_fraction": flops / together / rate, "peak_gib": peak / 2**30,
+            "tokens_per_second": 1 / float(moments.iloc[0]), "moment_layers": int(moments.index[0]),
             "screened_per_second": 1 / screen, "screen_minutes": COUNTERFACT * screen / 60,
             "edit_minutes": COUNTERFACT * study / 60,
         })  # fmt: skip

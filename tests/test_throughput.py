@@ -8,7 +8,7 @@ import pytest
 import reference_metrics
 import torch
 import transformers
-from conftest import CONTEXT, D_MODEL, N_LAYERS
+from conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS
 
 from nbkit import throughput
 from nbkit.edits import Edit, LowRank, applied
@@ -136,13 +136,16 @@ def test_without_texts_edits_alone_are_timed(tiny, asked, contexts):
     assert set(frame["what"]) == {"edit"}
 
 
-def test_screening_growth_and_reading_count_what_they_did(work, tiny, texts):
+def test_screening_growth_and_reading_count_what_they_did(work, tiny, texts, monkeypatch):
     screened = throughput.screening(work, n=5, repeats=2)
     assert screened[["what", "n", "items", "repeat"]].values.tolist() == [["screen", 5, 5, 0], ["screen", 5, 5, 1]]
     grown = throughput.growth(work, n_requests=5, batch=2)
     assert grown[["n", "items"]].values.tolist() == [[2, 2], [4, 2], [5, 1]]
     read = throughput.reading(tiny, texts, n_tokens=40, layer=1, repeats=1)
     assert read[["path", "n", "items"]].values.tolist() == [["one layer", 1, 40], ["all layers", N_LAYERS, 40]]
+    monkeypatch.setattr(throughput, "free_memory", lambda device: 2 * 2 * 8 * D_MLP**2)
+    read = throughput.reading(tiny, texts, n_tokens=40, layer=1, repeats=1)
+    assert read["n"].tolist() == [1, 2], "as many layers as half of the memory takes"
     for frame in (screened, grown, read):
         assert frame.columns.tolist() == ROW and (frame["peak_memory"] > 2**20).all()
 
@@ -212,12 +215,13 @@ def test_shapes_are_summed_up_by_formula():
         ("growth", "replay", 64, 0, 0.3), ("second moment", "one layer", 1, 0, 1.0),
         ("second moment", "all layers", 3, 0, 1e-4),
     ).assign(flops_per_edit=2e12, matmul_rate=4e13)  # fmt: skip
+    frame.loc[frame["what"] == "second moment", "peak_memory"] = 2**40
     (row,) = throughput.by_shape(frame).to_dict("records")
     expected = {
         "model": "tiny", "dtype": "float32", "edits_per_second_plain": 0.1, "edits_per_second_whole": 0.5,
         "edits_per_second_replay": 10, "n": 64, "ratio": 100, "tflops_per_edit": 2, "matmul_tflops": 40,
-        "matmul_fraction": 0.5, "peak_gib": 1, "tokens_per_second": 1e4, "screened_per_second": 1000,
-        "screen_minutes": 21919 * 0.001 / 60, "edit_minutes": 21919 * 0.3 / 60,
+        "matmul_fraction": 0.5, "peak_gib": 1, "tokens_per_second": 1e4, "moment_layers": 3,
+        "screened_per_second": 1000, "screen_minutes": 21919 * 0.001 / 60, "edit_minutes": 21919 * 0.3 / 60,
     }  # fmt: skip
     assert row.keys() == expected.keys()
     for name, value in expected.items():
