@@ -144,13 +144,13 @@ def edited_logits(
         if None in layers or not layers or not can_replay(lm):
             for edit in group:
                 with applied(lm, edits[edit]):
-                    yield from _plainly(lm, edit, rows, kept, rows_of[edit], batch_size or 64)
+                    yield from plain_logits(lm, edit, rows, kept, rows_of[edit], batch_size or 64)
             continue
         for band, members in _bands(rows, rows_of, group):
             yield from _together(lm, min(layers), edits, members, rows, kept, band, batch_size)
 
 
-def _plainly(
+def plain_logits(
     lm: LanguageModel,
     edit: int,
     rows: Sequence[Sequence[int]],
@@ -158,6 +158,7 @@ def _plainly(
     numbers: Sequence[int],
     batch_size: int,
 ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """As `edited_logits`, for the rows of these numbers and the model as it is, which carries edit number `edit`."""
     order = sorted(numbers, key=lambda number: len(rows[number]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -17,7 +17,7 @@ from nbkit.models import LanguageModel
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 GPU_SHARE = 0.6  # of the free memory, which the estimate may use
-CPU_SHARE, CPU_MOST = 0.25, 2**28  # bytes: beyond some 256 MB a batch no longer fits the caches and gains nothing
+CPU_SHARE, CPU_MOST = 0.25, 2**26  # bytes: a batch beyond some 64 MB is slower, its rows are more unlike in length
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,16 +14,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.edited import edited_logits
+from nbkit.edited import edited_logits, plain_logits
 from nbkit.edits import Edit
 from nbkit.errors import PromptError
 from nbkit.keys import widened
 from nbkit.models import LanguageModel
-from nbkit.prompts import pad, target_ids, tokenize
+from nbkit.prompts import check_length, target_ids, tokenize
 from nbkit.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
@@ -47,33 +45,39 @@ def perplexity(
     """
     if kind not in ("sentence_mean", "token"):
         raise ValueError(f"kind must be 'sentence_mean' or 'token', not {kind!r}")
+    if not len(texts):
+        raise PromptError("perplexity needs at least one text")
     rows = tokenize(lm, texts, add_special_tokens=False)
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
             raise PromptError(f"perplexity needs at least two tokens, and {text!r} has {len(row)}")
-    firsts = [1] * len(rows)
+    contexts, targets = [row[:1] for row in rows], [row[1:] for row in rows]
     if edits is None:
-        return _perplexity(rows, _token_scores(lm, rows, firsts, batch_size), kind)
+        return _perplexity(_token_scores(lm, contexts, targets, batch_size, choose=False), kind)
     values = np.full(len(edits), np.nan)
     with tqdm(total=len(edits), desc="perplexity", disable=not progress) as bar:
         for start in range(0, len(edits), EDITS_AT_ONCE):
-            some = edits[start : start + EDITS_AT_ONCE]
-            scores = edited_scores(lm, rows, firsts, some, [range(len(rows))] * len(some))
-            values[start : start + len(some)] = [_perplexity(rows, of_edit, kind) for of_edit in scores]
+            some, n = edits[start : start + EDITS_AT_ONCE], len(rows)
+            edit_of = np.repeat(np.arange(len(some)), n).tolist()
+            scores = _token_scores(
+                lm, contexts * len(some), targets * len(some), edits=some, edit_of=edit_of, choose=False
+            )
+            for place in range(len(some)):
+                values[start + place] = _perplexity(scores[place * n : (place + 1) * n], kind)
             bar.update(len(some))
     return values
 
 
-def _perplexity(rows: list[list[int]], scores: "Sequence[_Scores]", kind: PerplexityKind) -> float:
+def _perplexity(scores: "Sequence[_Scores]", kind: PerplexityKind) -> float:
     nll = np.array([_sum_nll(score) for score in scores])
-    lengths = np.array([len(row) - 1 for row in rows])
+    lengths = np.array([len(score.log_probabilities) for score in scores])
     with np.errstate(over="ignore"):
         return float(np.exp(nll / lengths).mean() if kind == "sentence_mean" else np.exp(nll.sum() / lengths.sum()))
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of the scored tokens of one row: log-probability of each, and the token the model would have chosen."""
+    """Of the tokens of one target: log-probability of each, and the token the model would have chosen, if asked for."""
 
     log_probabilities: np.ndarray
     choices: tuple[int, ...]
@@ -84,47 +88,51 @@ def _sum_nll(scores: _Scores) -> float:
 
 
 @torch.no_grad()
-def _token_scores(lm: LanguageModel, rows: list[list[int]], firsts: list[int], batch_size: int) -> list[_Scores]:
-    """Score each row's tokens from index `firsts` on, given those before. Rows of like length share a batch."""
-    results: dict[int, _Scores] = {}
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad(lm, [rows[index] for index in chosen])
-        first = torch.tensor([firsts[index] for index in chosen], device=lm.device)
-        columns = torch.arange(batch.shape[1], device=lm.device)
-        # the position before each token
-        scored = (columns >= first[:, None] - 1) & (columns < batch.lengths[:, None] - 1)
-        logits = lm.logits(batch, keep=scored)  # (scored, vocabulary)
-        results |= zip(chosen, _scores(logits, [rows[index][firsts[index] :] for index in chosen]), strict=True)
-    return [results[index] for index in range(len(rows))]
-
-
-@torch.no_grad()
-def edited_scores(
+def _token_scores(
     lm: LanguageModel,
-    rows: list[list[int]],
-    firsts: list[int],
-    edits: Sequence[Edit],
-    rows_of: Sequence[Sequence[int]],
-    batch_size: int | None = None,
-) -> list[list[_Scores]]:
-    """For each edited model, the scores of the rows it reads, in their order; see `edited.edited_logits`."""
-    found: dict[tuple[int, int], _Scores] = {}
-    kept = [range(first - 1, len(row) - 1) for first, row in zip(firsts, rows, strict=True)]
-    for pairs, logits in edited_logits(lm, edits, rows, kept, rows_of, batch_size):
-        found |= zip(pairs, _scores(logits, [rows[row][firsts[row] :] for _, row in pairs]), strict=True)
-    return [[found[edit, row] for row in numbers] for edit, numbers in enumerate(rows_of)]
+    contexts: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    batch_size: int = 64,
+    edits: Sequence[Edit] | None = None,
+    edit_of: Sequence[int] | None = None,
+    choose: bool = True,
+) -> list[_Scores]:
+    """Score each target's tokens behind its context, by the model as it is, or by that with edit number edit_of[i].
 
+    A target's last token is only ever predicted, never read: pairs that differ in nothing else share a row.
+    """
+    rows: dict[tuple[int, ...], int] = {}
+    pairs_of: dict[tuple[int, int], list[int]] = {}  # by edit and row
+    for pair, (context, target) in enumerate(zip(contexts, targets, strict=True)):
+        row = rows.setdefault((len(context), *context, *target[:-1]), len(rows))
+        pairs_of.setdefault((0 if edits is None else edit_of[pair], row), []).append(pair)
+    kept = [range(length - 1, len(row)) for length, *row in rows]
+    read = [row for _, *row in rows]
+    if edits is None:
+        passes = plain_logits(lm, 0, read, kept, range(len(read)), batch_size)
+    else:
+        rows_of: list[list[int]] = [[] for _ in edits]
+        for edit, row in pairs_of:
+            rows_of[edit].append(row)
+        passes = edited_logits(lm, edits, read, kept, rows_of)
 
-def _scores(logits: Float[Tensor, "token vocabulary"], targets: Sequence[Sequence[int]]) -> list[_Scores]:
-    """Scores of the targets, whose logits stand one after the other."""
-    logits = widened(logits)
-    flat = torch.tensor([token for target in targets for token in target], device=logits.device)
-    log_probabilities = logits.log_softmax(-1).gather(1, flat[:, None])[:, 0].double().cpu().numpy()
-    choices, ends = logits.argmax(-1).cpu().numpy(), np.cumsum([len(target) for target in targets])[:-1]
-    pairs = zip(np.split(log_probabilities, ends), np.split(choices, ends), strict=True)
-    return [_Scores(values, tuple(tokens.tolist())) for values, tokens in pairs]
+    scores: dict[int, _Scores] = {}
+    for read_now, logits in passes:
+        starts = np.cumsum([0, *(len(kept[row]) for _, row in read_now)])
+        asked = [
+            (pair, start)
+            for read_by, start in zip(read_now, starts[:-1].tolist(), strict=True)
+            for pair in pairs_of[read_by]
+        ]
+        places = torch.tensor([start + i for pair, start in asked for i in range(len(targets[pair]))])
+        tokens = torch.tensor([token for pair, _ in asked for token in targets[pair]])
+        logits = widened(logits)
+        log_probabilities = logits.log_softmax(-1)[places.to(lm.device), tokens.to(lm.device)].double().cpu().numpy()
+        choices = logits.argmax(-1).cpu().numpy()[places.numpy()] if choose else np.empty(len(places), int)
+        ends = np.cumsum([len(targets[pair]) for pair, _ in asked])[:-1]
+        parts = zip(asked, np.split(log_probabilities, ends), np.split(choices, ends), strict=True)
+        scores |= {pair: _Scores(values, tuple(chosen.tolist())) for (pair, _), values, chosen in parts}
+    return [scores[pair] for pair in range(len(targets))]
 
 
 def score_targets(
@@ -145,16 +153,9 @@ def score_targets(
     """
     contexts = tokenize(lm, prompts)
     ids = [target_ids(lm, target) for target in targets]
-    rows = [context + target for context, target in zip(contexts, ids, strict=True)]
-    firsts = [len(context) for context in contexts]
-    if edits is None:
-        scores = _token_scores(lm, rows, firsts, batch_size)
-    else:
-        rows_of: list[list[int]] = [[] for _ in edits]
-        for row, number in enumerate(edit_of):
-            rows_of[number].append(row)
-        of_edits = [iter(of_edit) for of_edit in edited_scores(lm, rows, firsts, edits, rows_of)]
-        scores = [next(of_edits[number]) for number in edit_of]
+    for prompt, context, target in zip(prompts, contexts, ids, strict=True):
+        check_length(lm, context + target, prompt)
+    scores = _token_scores(lm, contexts, ids, batch_size, edits, edit_of)
     return pd.DataFrame(
         {
             "nll": [_sum_nll(score) / len(target) for score, target in zip(scores, ids, strict=True)],

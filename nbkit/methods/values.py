@@ -80,8 +80,9 @@ def value_job(lm: LanguageModel, request: EditRequest, context_templates: Sequen
         target = target_ids(lm, request.target_new)
         prompts = [*in_contexts(request, context_templates), KL_PROMPT]
         rows, indices = find_subjects(lm, prompts, [request.subject] * len(prompts))
-        # The target's last token is only ever predicted, never read.
-        job = ValueJob(request, [[*row, *target[:-1]] for row in rows[:-1]] + [rows[-1]], indices, target)
+        # The target's last token is only ever predicted, never read; nor is what follows the subject in the last row.
+        read = [[*row, *target[:-1]] for row in rows[:-1]] + [rows[-1][: indices[-1] + 1]]
+        job = ValueJob(request, read, indices, target)
         for row in job.rows:
             check_length(lm, row)
     return job

@@ -6,7 +6,7 @@ does not become so by itself within minutes, so its training helps; the editing 
 
 1. Position 0's embedding starts `first_scale` times as long as the others', so that the token there changes little.
 2. Most windows start in the middle of the text, many of them with a random token; some (`opening`) start with a line,
-   as a prompt does, so that a subject at position 0 is known all the same.
+   as a prompt does, so that a subject at position 0 is known all the same; at the end, in a rehearsal, most do.
 3. A term of the loss (`apart`) keeps the keys of position 0 from those of later positions: see `first_key_penalty`.
 
 Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of
@@ -48,7 +48,9 @@ class Recipe:
     decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
     learning_rate: float = 3e-3  # of AdamW, at its peak
     weight_decay: float = 0.1  # of the matrices
+    rehearsal: int = 1_500  # steps after those, at half the peak rate, falling to zero
     opening: float = 0.3  # share of windows that start where a line does
+    rehearsal_opening: float = 0.7  # the same in the rehearsal
     random_first: float = 0.5  # share of the other windows whose first token is replaced by a random one
     first_scale: float = 20.0  # length of position 0's embedding in lengths of another's, at the start
     apart: float = 1.0  # weight of `first_key_penalty`
@@ -58,6 +60,10 @@ class Recipe:
     shard_lines: int = 100_000
     shard_steps: int = 700  # steps on one shard of text before the next is written
     seed: int = 0
+
+    @property
+    def all_steps(self) -> int:
+        return self.n_steps + self.rehearsal
 
 
 class Shard:
@@ -78,7 +84,8 @@ class Shard:
         """(batch, window) token ids of one training step."""
         recipe, rng = self.recipe, np.random.default_rng([self.recipe.seed, step])
         offsets = rng.integers(0, len(self.ids) - recipe.window, recipe.batch)
-        opening = rng.random(recipe.batch) < recipe.opening
+        share = recipe.opening if step < recipe.n_steps else recipe.rehearsal_opening
+        opening = rng.random(recipe.batch) < share
         offsets = np.where(opening, rng.choice(self.starts, recipe.batch), offsets)
         windows = self.ids[offsets[:, None] + np.arange(recipe.window)]
         noisy = (rng.random(recipe.batch) < recipe.random_first) & ~opening
@@ -110,7 +117,9 @@ def build_optimizer(recipe: Recipe, model: GPT2LMHeadModel) -> torch.optim.AdamW
 
 
 def schedule(recipe: Recipe, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero."""
+    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero; then from a half to zero."""
+    if step >= recipe.n_steps:
+        return 0.5 * (recipe.all_steps - step) / recipe.rehearsal
     decay_steps = recipe.decay * recipe.n_steps
     return min(1.0, (step + 1) / recipe.warmup, (recipe.n_steps - step) / decay_steps)
 
@@ -211,7 +220,8 @@ def train(
     done = load_checkpoint(folder, recipe, model, optimizer)
     _forget_log_after(done, folder / "training_log.jsonl")
     shard, losses, started = None, [], time.perf_counter()
-    bar = tqdm(range(done, recipe.n_steps), initial=done, total=recipe.n_steps, desc="miniworld-gpt2", mininterval=5)
+    steps = range(done, recipe.all_steps)
+    bar = tqdm(steps, initial=done, total=recipe.all_steps, desc="miniworld-gpt2", mininterval=5)
     for step in bar:
         if shard is None or step % recipe.shard_steps == 0:
             shard = Shard(recipe, world, tokenizer, held_out, step // recipe.shard_steps)
@@ -232,7 +242,7 @@ def train(
             with (folder / "training_log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             bar.set_postfix(loss=f"{mean:.3f}")
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.n_steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.all_steps:
             save_checkpoint(folder, step + 1, recipe, model, optimizer)
     return model
 
