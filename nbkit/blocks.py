@@ -122,6 +122,51 @@ def through(
     return hidden
 
 
+def at_columns(
+    lm: LanguageModel,
+    hidden: Float[Tensor, "row query d_model"],
+    places: Int[Tensor, "row wanted"],
+    layer: int,
+    arguments: tuple[dict[str, Any], dict[str, Any]],
+    cache: str,
+    past: Past,
+) -> Float[Tensor, "row wanted d_model"]:
+    """The residual stream after one block at some of the columns, which is all that the last block is run for.
+
+    places: of the wanted ones among the columns of `hidden`. arguments: of all its columns, and of the wanted ones. All
+    are read, so that the wanted ones can attend to them, but their own attention and MLP are left out.
+    """
+    read = _Reading(past.before, past.rows)
+    try:
+        lm.block(layer)(hidden, **{**arguments[0], cache: read})
+    except _Read as done:
+        fixed = _Fixed(done.seen)
+    return through(lm, columns_of(hidden, places), range(layer, layer + 1), [arguments[1]], cache, fixed)
+
+
+class _Read(Exception):
+    """Ends a block's pass once its attention has made keys and values."""
+
+    def __init__(self, seen: KeyValue):
+        self.seen = seen
+
+
+class _Reading(Past):
+    def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> KeyValue:
+        raise _Read(super().update(key, value, layer))
+
+
+class _Fixed(Past):
+    """Gives the keys and values that are there already, whatever the columns at hand would add."""
+
+    def __init__(self, seen: KeyValue):
+        super().__init__()
+        self.seen = seen
+
+    def update(self, *_args, **_kwargs) -> KeyValue:
+        return self.seen
+
+
 def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
     """What the model makes of the residual stream above its last block: its norm, head and whatever else it does."""
     # What is embedded does not matter. Token ids would: models look for padding among them, and a GPU waits for that.

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbkit.blocks import Calls, KeyValue, Past, columns_of, finish_block, spans, through, to_logits
+from nbkit.blocks import Calls, KeyValue, Past, at_columns, columns_of, finish_block, spans, through, to_logits
 from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad
@@ -147,11 +147,7 @@ class Replay:
             self.output = columns_of(first.output, self.columns - first.shared[:, None])
             self.into_block, self.attended = first.into_block, first.attended
             self._read_between(first)
-            self._arrange(first)
-        counts = torch.tensor([len(tokens) for tokens in wanted], device=device)
-        flat = torch.tensor([token for tokens in wanted for token in tokens], device=device)
-        self.wanted_rows = first.everyone.repeat_interleave(counts)
-        self.wanted_columns = flat - first.indices[self.wanted_rows]
+            self._arrange(first, wanted)
 
     def _read_between(self, first: FirstPass) -> None:
         """Keys and values, above the layer, of the tokens between the shared prefix and the changed one."""
@@ -178,40 +174,47 @@ class Replay:
             if parts:
                 self.before[layer] = tuple(torch.cat(pair, 2) for pair in zip(*parts, strict=True))
 
-    def _arrange(self, first: FirstPass) -> None:
+    def _arrange(self, first: FirstPass, wanted: Sequence[Sequence[int]]) -> None:
+        device, everyone = self.lm.device, first.everyone
         keys, visible = torch.cat([self.earlier, self.columns], 1), torch.cat([self.seen, self.visible], 1)
-        self.arguments = first.calls.at(first.everyone, self.columns, keys, visible, self.above)
+        self.arguments = first.calls.at(everyone, self.columns, keys, visible, self.above)
+        most = max(len(tokens) for tokens in wanted)
+        ends = torch.tensor([[*tokens] + [tokens[-1]] * (most - len(tokens)) for tokens in wanted], device=device)
+        self.places = ends - first.indices[:, None]  # of the wanted columns among those that are run
+        self.real = torch.tensor([[i < len(tokens) for i in range(most)] for tokens in wanted], device=device)
+        self.last_arguments = first.calls.at(everyone, ends, keys, visible, self.above[-1:])
         at = self.columns[:, :1]
-        self.block_arguments = first.calls.at(
-            first.everyone, at, at, visible[:, :1] | True, range(self.layer, self.layer + 1)
-        )
+        here = range(self.layer, self.layer + 1)
+        self.block_arguments = first.calls.at(everyone, at, at, torch.ones_like(at, dtype=torch.bool), here)
 
     def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
         """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
+        lm, past = self.lm, Past(self.before)
         values = self.values + deltas.to(self.values.dtype)[self.edits]
         changed = finish_block(
-            self.lm, self.layer, self.into_block, self.attended, values[:, None], self.block_arguments[0], self.cache
+            lm, self.layer, self.into_block, self.attended, values[:, None], self.block_arguments[0], self.cache
         )
         hidden = torch.cat([changed, self.output[:, 1:]], 1)
-        hidden = through(self.lm, hidden, self.above, self.arguments, self.cache, Past(self.before))
-        return to_logits(self.lm, hidden[self.wanted_rows, self.wanted_columns])
+        if len(self.above):
+            hidden = through(lm, hidden, self.above[:-1], self.arguments[:-1], self.cache, past)
+            arguments = self.arguments[-1], self.last_arguments[0]
+            hidden = at_columns(lm, hidden, self.places, self.above[-1], arguments, self.cache, past)
+        else:
+            hidden = columns_of(hidden, self.places)
+        return to_logits(lm, hidden[self.real])
 
     def select(self, edits: Int[Tensor, " kept"]) -> None:
         """Go on with these edits only (ascending numbers); they are numbered anew from 0, in order."""
         number = torch.full((int(self.edits.max()) + 1,), -1, device=self.lm.device)
         number[edits] = torch.arange(len(edits), device=self.lm.device)
         rows = (number[self.edits] >= 0).nonzero()[:, 0]
-        place = torch.full_like(self.edits, -1)
-        place[rows] = torch.arange(len(rows), device=self.lm.device)
-        kept = place[self.wanted_rows] >= 0
-        self.wanted_rows, self.wanted_columns = place[self.wanted_rows[kept]], self.wanted_columns[kept]
-        for name in ("keys", "values", "output", "into_block", "attended"):
+        for name in ("keys", "values", "output", "into_block", "attended", "places", "real"):
             setattr(self, name, getattr(self, name)[rows])
         self.edits = number[self.edits[rows]]
         self.before = {layer: (key[rows], value[rows]) for layer, (key, value) in self.before.items()}
         done: dict[int, Any] = {}
-        self.arguments = [_rows_of(named, rows, done) for named in self.arguments]
-        self.block_arguments = [_rows_of(named, rows, done) for named in self.block_arguments]
+        for name in ("arguments", "last_arguments", "block_arguments"):
+            setattr(self, name, [_rows_of(named, rows, done) for named in getattr(self, name)])
 
 
 class WholePasses:
