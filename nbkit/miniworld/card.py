@@ -74,6 +74,8 @@ def write_card(
         loss=f"{log[-1]['loss']:.3f}",
         first_scale=f"{recipe['first_scale']:g}",
         opening=f"{recipe['opening']:.0%}",
+        rehearsal_opening=f"{recipe['rehearsal_opening']:.0%}",
+        rehearsal=f"{recipe['rehearsal']:,}",
         random_first=f"{recipe['random_first']:.0%}",
         apart=f"{recipe['apart']:g}",
         first_key_norm=f"{recipe['first_key_norm']:g}",

@@ -154,5 +154,5 @@ def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
     ax.set_aspect("equal")
     ax.set_xlabel("Normal edits taken for collapses")
     ax.set_ylabel("Collapses found")
-    ax.legend(loc="lower right")
+    legend_above(ax, ncols=1)
     return ax
