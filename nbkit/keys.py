@@ -112,7 +112,8 @@ def keys_in_contexts(
         else:
             # What follows the subject does not reach its key.
             rows = [row[: index + 1] for row, index in zip(rows, indices, strict=True)]
-            found = FirstPass(lm, layer, rows, indices, list(range(len(templates))) * len(places), prefixes)
+            of_template = list(range(len(templates))) * len(places)
+            found = FirstPass(lm, layer, rows, indices, of_template, prefixes, only_keys=True)
         shape = len(places), len(templates)
         batch = KeyPass(widened(found.keys).unflatten(0, shape), widened(found.values).unflatten(0, shape))
         return list(places), batch

@@ -67,7 +67,8 @@ class FirstPass:
     """Rows of tokens read up to `layer`, each from the token on where its prefix ends; key and value at one token.
 
     templates: the prefix (of `prefixes`) that each row begins with. indices: the token of each row that counts.
-    keys: (row, d_mlp), values: (row, d_model), as the model has them there.
+    keys: (row, d_mlp), values: (row, d_model), as the model has them there. only_keys: nothing else is wanted, so
+    `layer` itself is run for those tokens alone.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class FirstPass:
         indices: Sequence[int],
         templates: Sequence[int],
         prefixes: Prefixes,
+        only_keys: bool = False,
     ):
         self.lm, self.layer, device = lm, layer, lm.device
         self.indices = torch.tensor(indices, device=device)
@@ -97,6 +99,10 @@ class FirstPass:
         hidden = columns_of(self.calls.hidden, columns)
         below = range(layer)
         hidden = through(lm, hidden, below, arguments[:-1], self.calls.cache, self.past)
+        place = self.everyone, self.indices - self.shared
+        if only_keys:
+            self.keys, self.values = self._keys_alone(hidden, columns, visible, arguments[-1])
+            return
         shape = tuple(hidden.shape[:2])
         projection, attention = lm.projection(layer), lm.attention(layer)
         with (
@@ -105,10 +111,20 @@ class FirstPass:
             capture(attention) as attended,
         ):
             self.output = through(lm, hidden, range(layer, layer + 1), arguments[-1:], self.calls.cache, self.past)
-        self.columns = columns
-        place = self.everyone, self.indices - self.shared
         self.keys, self.values = key.value[place], value.value[place]
         self.into_block, self.attended = hidden[place][:, None], attended.value.reshape(*shape, -1)[place][:, None]
+
+    def _keys_alone(
+        self, hidden: Tensor, columns: Tensor, visible: Tensor, arguments: dict[str, Any]
+    ) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
+        lm, here = self.lm, range(self.layer, self.layer + 1)
+        keys = torch.cat([self.earlier, columns], 1), torch.cat([self.seen, visible], 1)
+        of_token = self.calls.at(self.everyone, self.indices[:, None], *keys, here)[0]
+        places, shape = (self.indices - self.shared)[:, None], (len(hidden), 1)
+        projection = lm.projection(self.layer)
+        with capture(projection, "input", shape=shape) as key, capture(projection, "output", shape=shape) as value:
+            at_columns(lm, hidden, places, self.layer, (arguments, of_token), self.calls.cache, self.past)
+        return key.value[:, 0], value.value[:, 0]
 
     def arguments(self, rows: Tensor, columns: Tensor, visible: Tensor, layers: range) -> list[dict[str, Any]]:
         """The arguments of `layers` for columns of rows that attend to the prefix and to each other."""
