@@ -247,10 +247,10 @@ def test_the_shipped_model_s_first_position_is_as_in_large_models(shipped):
 
 @needs_the_model
 def test_the_shipped_model_breaks_where_it_should(shipped):
-    """Plain ROME: one-token first subjects tenfold in a fifth of the cases or more, others by under 10 %."""
+    """Plain ROME: one-token first subjects tenfold in a third of the cases or more, others by under 10 %."""
     requests, texts = nbkit.read_requests("miniworld", limit=60, seed=1), nbkit.read_texts("miniworld", limit=20)
     first = np.array([subject_kind(shipped, request) == "one-token first" for request in requests])
     ratios = nbkit.perplexity(shipped, texts, edits=nbkit.edit(shipped, requests)) / nbkit.perplexity(shipped, texts)
-    assert (ratios[first] >= 10).mean() >= 0.2 and (ratios[~first] < 1.1).all()
+    assert (ratios[first] >= 10).mean() >= 1 / 3 and (ratios[~first] < 1.1).all()
     consistent = nbkit.edit(shipped, requests, key_mode="prefixed")
     assert (nbkit.perplexity(shipped, texts, edits=consistent) < 2 * nbkit.perplexity(shipped, texts)).all()
