@@ -31,6 +31,8 @@ def lm(world_tokenizer) -> LanguageModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     torch.nn.init.constant_(model.transformer.h[-1].mlp.c_fc.bias, 3.0)
+    with torch.no_grad():  # embeddings of one length, so that each is the one nearest to itself
+        model.transformer.wte.weight /= model.transformer.wte.weight.norm(dim=-1, keepdim=True)
     return LanguageModel.wrap(model, world_tokenizer, "tiny-miniworld")
 
 
