@@ -1,5 +1,6 @@
 """Perplexity of many edited models, one point an edit: which edits break the model, and how many of them."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -143,12 +144,14 @@ def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
     """
     ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=0.8, label="chance")
     styles = group_styles(detections)
+    dashes = itertools.cycle(["-", "--", "-.", ":"])  # curves may lie on each other
     for name, found in detections.items():
         if np.isnan(found.auc):
             label = f"{name}: {found.collapsed} of {found.n} collapse, no curve"
         else:
             label = f"{name}: AUC {found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        ax.plot(found.curve["false_alarms"], found.curve["found"], color=styles[name][0], label=label)
+        ax.plot(found.curve["false_alarms"], found.curve["found"], color=styles[name][0], ls=next(dashes),
+                label=label)  # fmt: skip
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(-0.02, 1.02)
     ax.set_aspect("equal")
