@@ -71,7 +71,7 @@ def test_float32_perplexities(kind, make_lm, texts):
     lm = make_lm(kind, dtype=torch.float32)
     edits = edits_of_all_kinds(lm)
     expected = one_by_one(lm, edits, lambda: perplexity(lm, texts))
-    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=2e-5)
+    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=1e-5)
 
 
 def test_edit_metrics_each_with_its_own_edit(lm, many):
