@@ -1,6 +1,7 @@
 """`python -m nbkit`: arguments, exit status and messages; runs are processes of their own, as a shell starts them."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,15 @@ FIXTURES = Path(__file__).parent / "notebooks"
 
 def nbkit(*arguments):
     command = [sys.executable, "-m", "nbkit", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # Tests that a shell runs in the background ignore Ctrl-C, and what they start would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_run_prints_the_executed_copy(tmp_path):
