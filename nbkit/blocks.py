@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nbkit.errors import ModelError
 from nbkit.hooks import capture, instead
 from nbkit.models import LanguageModel
-from nbkit.prompts import pad
+from nbkit.prompts import Batch, pad
 
 CACHES = ("past_key_values", "layer_past")  # what blocks call the argument that holds earlier keys and values
 KeyValue = tuple[Float[Tensor, "row head position d_head"], Float[Tensor, "row head position d_head"]]
@@ -81,7 +82,7 @@ class Calls:
                     parts = tuple(map(of_queries, value)) if isinstance(value, tuple) else of_queries(value)
                     done[id(value)] = parts
                 else:
-                    raise NotImplementedError(f"blocks take an argument that cannot be cut to columns: {name}")
+                    raise ModelError(f"blocks take an argument that cannot be cut to columns: {name}")
             return done[id(value)]
 
         return [{name: cut(name, value) for name, value in self.arguments[layer].items()} for layer in layers]
@@ -230,3 +231,23 @@ def columns_of(
     tensor: Float[Tensor, "row position d"], columns: Int[Tensor, "row query"]
 ) -> Float[Tensor, "row query d"]:
     return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def marked(tokens: Sequence[Sequence[int]], width: int, device: torch.device) -> Bool[Tensor, "row position"]:
+    """Where the given tokens of each row are; rows are padded on the right, so index and column are the same."""
+    mask = torch.zeros(len(tokens), width, dtype=torch.bool)
+    for row, of_row in enumerate(tokens):
+        mask[row, list(of_row)] = True
+    return mask.to(device)
+
+
+@torch.no_grad()
+def projection_pass(
+    lm: LanguageModel, batch: Batch, layer: int
+) -> tuple[Float[Tensor, "row position d_mlp"], Float[Tensor, "row position d_model"]]:
+    """One forward pass up to the projection of `layer`: its input and its output everywhere, padding included."""
+    projection = lm.projection(layer)
+    with capture(projection, "input", shape=batch.shape) as key:
+        with capture(projection, "output", shape=batch.shape, stop=True) as value:
+            lm.logits(batch, keep=1)
+    return key.value, value.value

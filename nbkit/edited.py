@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nbkit.blocks import Calls, Past, finish_block, spans, through, to_logits
+from nbkit.blocks import Calls, Past, finish_block, marked, spans, through, to_logits
 from nbkit.edits import Edit, LowRank, applied, weight_of
 from nbkit.hooks import capture
 from nbkit.memory import Footprint, budget, in_batches
@@ -163,7 +163,8 @@ def plain_logits(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = pad(lm, [rows[number] for number in chosen])
-        yield [(edit, number) for number in chosen], lm.logits(batch, keep=_mask(kept, chosen, batch.shape[1], lm))
+        keep = marked([kept[number] for number in chosen], batch.shape[1], lm.device)
+        yield [(edit, number) for number in chosen], lm.logits(batch, keep=keep)
 
 
 def _bands(
@@ -206,7 +207,7 @@ def _together(
         place = {number: row for row, number in enumerate(numbers)}
         # Edits with fewer rows than others get their first one again, of which no logits are kept.
         grid = torch.tensor([[place[n] for n in band[e]] + [place[band[e][0]]] * (most - len(band[e])) for e in chosen])
-        mask = _mask(kept, numbers, shared[1].columns.shape[1], lm)
+        mask = marked([kept[number] for number in numbers], shared[1].columns.shape[1], lm.device)
         real = torch.tensor([[True] * len(band[e]) + [False] * (most - len(band[e])) for e in chosen])
         grid, real = grid.to(lm.device), real.to(lm.device)
         logits = shared[1].logits(Changes(lm, [edits[e] for e in chosen]), grid, mask[grid] & real[..., None])
@@ -214,12 +215,3 @@ def _together(
 
     size = batch_size // most if batch_size else budget(lm.device) // one
     yield from in_batches(members, size, compute)
-
-
-def _mask(
-    kept: Sequence[range], numbers: Sequence[int], width: int, lm: LanguageModel
-) -> Bool[Tensor, "row position"]:
-    mask = torch.zeros(len(numbers), width, dtype=torch.bool)
-    for row, number in enumerate(numbers):
-        mask[row, list(kept[number])] = True
-    return mask.to(lm.device)

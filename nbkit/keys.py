@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.hooks import capture
+from nbkit.blocks import projection_pass
 from nbkit.memory import Footprint, budget, in_batches
 from nbkit.models import LanguageModel
-from nbkit.prompts import Batch, Padding, check_templates, find_subjects, named, pad, tokenize
+from nbkit.prompts import Padding, check_templates, find_subjects, named, pad, tokenize
 from nbkit.replay import FirstPass, Prefixes, can_replay
 from nbkit.requests import EditRequest
 
@@ -144,18 +144,6 @@ def token_keys(
         batch_keys, _ = projection_pass(lm, batch, layer)
         found.extend(widened(keys[mask.bool()]) for keys, mask in zip(batch_keys, batch.attention_mask, strict=True))
     return found
-
-
-@torch.no_grad()
-def projection_pass(
-    lm: LanguageModel, batch: Batch, layer: int
-) -> tuple[Float[Tensor, "row position d_mlp"], Float[Tensor, "row position d_model"]]:
-    """One forward pass up to the projection of `layer`: its input and its output everywhere, padding included."""
-    projection = lm.projection(layer)
-    with capture(projection, "input", shape=batch.shape) as key:
-        with capture(projection, "output", shape=batch.shape, stop=True) as value:
-            lm.logits(batch, keep=1)
-    return key.value, value.value
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -18,7 +18,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbkit.blocks import Calls, KeyValue, Past, at_columns, columns_of, finish_block, spans, through, to_logits
+from nbkit.blocks import (
+    Calls,
+    KeyValue,
+    Past,
+    at_columns,
+    columns_of,
+    finish_block,
+    marked,
+    projection_pass,
+    spans,
+    through,
+    to_logits,
+)
 from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad
@@ -118,18 +130,20 @@ class FirstPass:
         self, hidden: Tensor, columns: Tensor, visible: Tensor, arguments: dict[str, Any]
     ) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
         lm, here = self.lm, range(self.layer, self.layer + 1)
-        keys = torch.cat([self.earlier, columns], 1), torch.cat([self.seen, visible], 1)
-        of_token = self.calls.at(self.everyone, self.indices[:, None], *keys, here)[0]
+        (of_token,) = self.arguments(self.everyone, columns, visible, here, queries=self.indices[:, None])
         places, shape = (self.indices - self.shared)[:, None], (len(hidden), 1)
         projection = lm.projection(self.layer)
         with capture(projection, "input", shape=shape) as key, capture(projection, "output", shape=shape) as value:
             at_columns(lm, hidden, places, self.layer, (arguments, of_token), self.calls.cache, self.past)
         return key.value[:, 0], value.value[:, 0]
 
-    def arguments(self, rows: Tensor, columns: Tensor, visible: Tensor, layers: range) -> list[dict[str, Any]]:
-        """The arguments of `layers` for columns of rows that attend to the prefix and to each other."""
-        keys = torch.cat([self.earlier[rows], columns], 1)
-        return self.calls.at(rows, columns, keys, torch.cat([self.seen[rows], visible], 1), layers)
+    def arguments(
+        self, rows: Tensor, columns: Tensor, visible: Tensor, layers: range, queries: Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        """The arguments of `layers` for columns of rows (or `queries` among them) that attend to the prefix and to
+        each other."""
+        keys, seen = torch.cat([self.earlier[rows], columns], 1), torch.cat([self.seen[rows], visible], 1)
+        return self.calls.at(rows, columns if queries is None else queries, keys, seen, layers)
 
 
 class Replay:
@@ -248,23 +262,15 @@ class WholePasses:
         self.lm, self.projection = lm, lm.projection(layer)
         self.rows, self.indices, self.wanted, self.edits = list(rows), list(indices), list(wanted), list(edits)
         self._arrange()
-        with torch.no_grad():
-            with (
-                capture(self.projection, "input", shape=self.batch.shape) as key,
-                capture(self.projection, "output", shape=self.batch.shape, stop=True) as value,
-            ):
-                lm.logits(self.batch, keep=1)
-            self.keys, self.values = key.value[self.at], value.value[self.at]
+        keys, values = projection_pass(lm, self.batch, layer)
+        self.keys, self.values = keys[self.at], values[self.at]
 
     def _arrange(self) -> None:
         device = self.lm.device
         self.batch = pad(self.lm, self.rows)
         self.at = torch.arange(len(self.rows), device=device), self.batch.columns(self.indices)
         self.edit_of_row = torch.tensor(self.edits, device=device)
-        keep = torch.zeros(self.batch.shape, dtype=torch.bool)  # (row, position)
-        for row, tokens in enumerate(self.wanted):
-            keep[row, list(tokens)] = True  # rows are padded on the right: index and column are the same
-        self.keep = keep.to(device)
+        self.keep = marked(self.wanted, self.batch.shape[1], device)
 
     def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
         """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
