@@ -29,6 +29,7 @@ _NAMES = {
     "second_moments": "moments",
     "Convergence": "moments",
     "edit": "methods",
+    "edit_batch": "methods",
     "edit_sequence": "methods",
     "METHODS": "methods",
     "Edit": "edits",

@@ -26,14 +26,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nbkit import paths
 from nbkit.errors import MethodError, ModelError, PromptError
 from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
 from nbkit.moments_cache import MomentsCache
 from nbkit.prompts import pad
 from nbkit.provenance import digest
+from nbkit.requests import read_texts
 from nbkit.windows import Place, Window, batches, chunks, windows
 
+DEFAULT_TEXTS = {"miniworld-gpt2": "miniworld-training"}  # of a model: what `requests.read_texts` reads for it
 LONG = 1024  # tokens: a batch has room for so many rows of a context, or of this where the context is longer
 CHUNK = 4  # batches' worth of tokens whose windows are sorted by length together
 CHECKS = ["n_tokens", "layer", "error", "median_error"]
@@ -171,6 +174,20 @@ def second_moments(
     return moments
 
 
+def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: bool = False) -> dict[int, Tensor]:
+    """{layer: C} over the text that comes with the model, all of it; cached in `runs/moments`.
+
+    MethodError for a model that brings none.
+    """
+    if Path(lm.name).name not in DEFAULT_TEXTS:
+        raise MethodError(
+            f"the method needs second moments, and {lm.name} brings no text to take them from; give "
+            "second_moment=nbkit.second_moments(lm, layers, texts, n_tokens=..., cache=...)"
+        )
+    texts = read_texts(DEFAULT_TEXTS[Path(lm.name).name])
+    return dict(second_moments(lm, layers, texts, cache=paths.RUNS / "moments", progress=progress))
+
+
 def factor(second_moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Lower Cholesky factor L of C = L Lᵀ in float64. MethodError if C is not positive definite."""
     lower, info = torch.linalg.cholesky_ex(second_moment.double())
@@ -199,10 +216,11 @@ class SecondMoments:
     def solve(self, layer: int, vectors: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
         """C⁻¹ of one vector, or of each of any number, in float64."""
         if layer not in self._factors:
-            self._factors[layer] = factor(self._matrix(layer))
+            self._factors[layer] = factor(self.matrix(layer))
         return _solve(self._factors[layer], vectors)
 
-    def _matrix(self, layer: int) -> Tensor:
+    def matrix(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
+        """C of a layer on the model's device; MethodError if none of its size was given."""
         matrix = self._given
         if isinstance(matrix, Mapping):
             if layer not in matrix:

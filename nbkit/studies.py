@@ -26,9 +26,9 @@ from nbkit import metrics as measure
 from nbkit import prompts, tasks
 from nbkit.edits import Edit, applied
 from nbkit.errors import NbkitError
-from nbkit.methods import edit, edit_sequence, hyper_parameters
+from nbkit.methods import METHODS, as_templates, edit, edit_sequence, hyper_parameters
 from nbkit.models import LanguageModel
-from nbkit.moments import SecondMoments
+from nbkit.moments import SecondMoments, default_second_moments
 from nbkit.provenance import code_version, digest, files_digest
 from nbkit.requests import EditRequest
 from nbkit.results import Store, Study, provenance
@@ -41,10 +41,13 @@ class _Setting:
 
     def __init__(self, lm: LanguageModel, method: str, context_templates, second_moment, store: Store | None, hparams):
         self.lm, self.method, self.hparams = lm, method, hparams
+        parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
+        if second_moment is None and METHODS[method].needs_second_moment:
+            second_moment = default_second_moments(lm, parameters.layers)
         self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else list(context_templates)
-        self.parameters = dataclasses.asdict(hyper_parameters(lm, method, **hparams))  # checks them before any work
+        self.parameters = dataclasses.asdict(parameters)
         self.parameters |= {
             "method": method,
             "context_templates": self.given_templates,
@@ -62,14 +65,18 @@ class _Setting:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `edit` and `edit_sequence`; context templates are sampled here once, if none are given."""
-        templates = self.given_templates or prompts.context_templates(self.lm, seed=0)
         return {
             "method": self.method,
-            "context_templates": templates,
+            "context_templates": as_templates(self.lm, self.given_templates, self.method),
             "second_moment": self.moments,
             "progress": False,
             **self.hparams,
         }
+
+    @cached_property
+    def test_prefixes(self) -> list[str]:
+        """What a prompt is asked behind: the given context templates, or ROME's, whatever the method's own are."""
+        return as_templates(self.lm, self.given_templates)[1:]
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)
@@ -88,7 +95,7 @@ class _Setting:
         one is drawn by the request's content.
         """
         frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
-        prefixes = self.arguments["context_templates"][1:]
+        prefixes = self.test_prefixes
         if prefixes:
             alone = [
                 dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())

@@ -35,6 +35,7 @@ from nbkit.edits import Edit, LowRank
 from nbkit.errors import MethodError
 from nbkit.keys import KeyPass
 from nbkit.memory import in_batches
+from nbkit.methods.method import Setting
 from nbkit.methods.values import (
     OptimisedValue,
     ValueJob,
@@ -64,31 +65,24 @@ class RomeParameters(ValueParameters):
             raise MethodError(f"key_mode {self.key_mode!r} is unknown; it is one of {', '.join(KEY_MODES)}")
 
 
-def rome(
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    context_templates: Sequence[str],
-    second_moments: SecondMoments,
-    parameters: RomeParameters,
-    progress: bool = False,
-    batch_size: int | None = None,
-) -> list[Edit]:
+def rome(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
     """One edit a request, each of the model as it is. The model is unchanged afterwards.
 
     Edits are computed side by side, `batch_size` at once or as many as memory takes; they do not see each other.
     """
-    jobs = [value_job(lm, request, context_templates) for request in requests]
-    prefixes = Prefixes(lm, context_templates) if can_replay(lm) else None
+    parameters: RomeParameters = setting.parameters
+    jobs = [value_job(lm, request, setting.context_templates) for request in requests]
+    prefixes = Prefixes(lm, setting.context_templates) if can_replay(lm) else None
 
     def batch(places: Sequence[int]) -> dict[int, Edit]:
         chosen = [jobs[place] for place in places]
         found, optimised = optimise_values(lm, chosen, prefixes, parameters)
-        return dict(zip(places, _edits(lm, chosen, found, optimised, second_moments, parameters), strict=True))
+        return dict(zip(places, _edits(lm, chosen, found, optimised, setting.second_moments, parameters), strict=True))
 
     order = sorted(range(len(jobs)), key=lambda place: jobs[place].shape)  # those of like length share a batch
     edits: dict[int, Edit] = {}
-    with tqdm(total=len(jobs), desc="rome", unit="edit", disable=not progress) as bar:
-        for made in in_batches(order, batch_size or edits_at_once(lm, jobs, parameters.layer), batch):
+    with tqdm(total=len(jobs), desc="rome", unit="edit", disable=not setting.progress) as bar:
+        for made in in_batches(order, setting.batch_size or edits_at_once(lm, jobs, parameters.layer), batch):
             edits |= made
             bar.update(len(made))
     return [edits[place] for place in range(len(jobs))]
