@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbkit.blocks import Calls, Past, finish_block, marked, spans, through, to_logits
+from nbkit.blocks import Calls, Past, at_columns, columns_of, marked, spans, through, to_logits, with_value
 from nbkit.edits import Edit, LowRank, applied, weight_of
 from nbkit.hooks import capture
 from nbkit.memory import Footprint, budget, in_batches
@@ -81,20 +81,23 @@ class SharedPass:
             capture(lm.projection(layer), "input", shape=shape) as key,
             capture(lm.projection(layer), "output", shape=shape) as value,
         ):
-            through(lm, self.into_block, here, arguments[-1:], self.calls.cache, Past())
+            self.output = through(lm, self.into_block, here, arguments[-1:], self.calls.cache, Past())
         self.attended, self.keys, self.values = attended.value.reshape(*shape, -1), key.value, value.value
 
     def logits(
-        self, changes: Changes, grid: Int[Tensor, "edit row"], keep: Bool[Tensor, "edit row position"]
+        self, changes: Changes, grid: Int[Tensor, "edit row"], kept: Sequence[Sequence[int]]
     ) -> Float[Tensor, "kept vocabulary"]:
-        """Logits of edit e on row grid[e, r] at the positions kept, edit by edit, row by row."""
+        """Logits of edit e on row grid[e, r], edit by edit, row by row; kept: of each, the positions wanted."""
         lm, rows = self.lm, grid.flatten()
         n_edits, n_positions = grid.shape[0], self.columns.shape[1]
-        columns = self.columns[rows]
+        columns, visible = self.columns[rows], self.visible[rows]
         layers = range(self.layer, lm.n_layers)
-        arguments = self.calls.at(rows, columns, columns, self.visible[rows], layers)
+        arguments = self.calls.at(rows, columns, columns, visible, layers)
         projection = lm.architecture.projection_path(self.layer)
         elsewhere = [module for module in changes.factors if module != projection]
+        most = max(map(len, kept))
+        places = torch.tensor([[*positions] + [0] * (most - len(positions)) for positions in kept], device=lm.device)
+        real = torch.tensor([i for i in range(len(kept) * most) if i % most < len(kept[i // most])], device=lm.device)
         with ExitStack() as stack:
             for module in elsewhere:
                 stack.enter_context(self._adding(changes, module, n_edits))
@@ -104,12 +107,19 @@ class SharedPass:
             else:
                 keys = self.keys[rows].reshape(n_edits, -1, self.keys.shape[-1])
                 update = changes.of(projection, keys).reshape(len(rows), n_positions, -1)
-                hidden = finish_block(
-                    lm, self.layer, self.into_block[rows], self.attended[rows], self.values[rows] + update,
-                    arguments[0], self.calls.cache,
+                hidden = with_value(
+                    lm, self.layer, update, self.output[rows], self.into_block[rows], self.attended[rows],
+                    self.values[rows], arguments[0], self.calls.cache,
                 )  # fmt: skip
-            hidden = through(lm, hidden, layers[1:], arguments[1:], self.calls.cache, Past())
-        return to_logits(lm, hidden[keep.flatten(0, 1)])
+            if len(layers) > 1 and most <= n_positions // 2:
+                hidden = through(lm, hidden, layers[1:-1], arguments[1:-1], self.calls.cache, Past())
+                (of_kept,) = self.calls.at(rows, columns.gather(1, places), columns, visible, layers[-1:])
+                last = arguments[-1], of_kept
+                hidden = at_columns(lm, hidden, places, layers[-1], last, self.calls.cache, Past())
+            else:
+                hidden = through(lm, hidden, layers[1:], arguments[1:], self.calls.cache, Past())
+                hidden = columns_of(hidden, places)
+        return to_logits(lm, hidden.flatten(0, 1)[real])
 
     def _adding(self, changes: Changes, module: str, n_edits: int) -> ExitStack:
         """Within this `with`, the module's output is that of each row's own edited weight."""
@@ -181,6 +191,11 @@ def _bands(
         yield {edit: list(rows_of[edit]) for edit in group}, [edit for edit in group if rows_of[edit]]
 
 
+def _filled(numbers: Sequence[int], n: int) -> list[tuple[int, bool]]:
+    """An edit's rows, and whether they are its own: with fewer rows than others it reads its first one again."""
+    return [(number, True) for number in numbers] + [(numbers[0], False)] * (n - len(numbers))
+
+
 def _together(
     lm: LanguageModel,
     layer: int,
@@ -205,12 +220,9 @@ def _together(
         if shared is None or shared[0] != numbers:
             shared = numbers, SharedPass(lm, layer, [rows[number] for number in numbers])
         place = {number: row for row, number in enumerate(numbers)}
-        # Edits with fewer rows than others get their first one again, of which no logits are kept.
-        grid = torch.tensor([[place[n] for n in band[e]] + [place[band[e][0]]] * (most - len(band[e])) for e in chosen])
-        mask = marked([kept[number] for number in numbers], shared[1].columns.shape[1], lm.device)
-        real = torch.tensor([[True] * len(band[e]) + [False] * (most - len(band[e])) for e in chosen])
-        grid, real = grid.to(lm.device), real.to(lm.device)
-        logits = shared[1].logits(Changes(lm, [edits[e] for e in chosen]), grid, mask[grid] & real[..., None])
+        grid = torch.tensor([[place[n] for n, _ in _filled(band[e], most)] for e in chosen])
+        wanted = [kept[n] if own else () for e in chosen for n, own in _filled(band[e], most)]
+        logits = shared[1].logits(Changes(lm, [edits[e] for e in chosen]), grid.to(lm.device), wanted)
         return [(e, n) for e in chosen for n in band[e]], logits
 
     size = batch_size // most if batch_size else budget(lm.device) // one

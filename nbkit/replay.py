@@ -24,12 +24,12 @@ from nbkit.blocks import (
     Past,
     at_columns,
     columns_of,
-    finish_block,
     marked,
     projection_pass,
     spans,
     through,
     to_logits,
+    with_value,
 )
 from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
@@ -220,10 +220,11 @@ class Replay:
     def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
         """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
         lm, past = self.lm, Past(self.before)
-        values = self.values + deltas.to(self.values.dtype)[self.edits]
-        changed = finish_block(
-            lm, self.layer, self.into_block, self.attended, values[:, None], self.block_arguments[0], self.cache
-        )
+        change = deltas.to(self.values.dtype)[self.edits][:, None]
+        changed = with_value(
+            lm, self.layer, change, self.output[:, :1], self.into_block, self.attended, self.values[:, None],
+            self.block_arguments[0], self.cache,
+        )  # fmt: skip
         hidden = torch.cat([changed, self.output[:, 1:]], 1)
         if len(self.above):
             hidden = through(lm, hidden, self.above[:-1], self.arguments[:-1], self.cache, past)
