@@ -209,6 +209,7 @@ class SecondMoments:
         self._lm = lm
         self._given = given
         self._factors: dict[int, Tensor] = {}
+        self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __bool__(self) -> bool:
         return self._given is not None
@@ -218,6 +219,21 @@ class SecondMoments:
         if layer not in self._factors:
             self._factors[layer] = factor(self.matrix(layer))
         return _solve(self._factors[layer], vectors)
+
+    def small_directions(self, layer: int, threshold: float) -> Float[Tensor, "d_mlp m"]:
+        """Orthonormal eigenvectors of C whose eigenvalue is below `threshold`, where ordinary text has few keys.
+
+        In float64, decomposed once a layer. MethodError if there are none.
+        """
+        if layer not in self._eigen:
+            self._eigen[layer] = torch.linalg.eigh(self.matrix(layer).double())
+        values, vectors = self._eigen[layer]
+        if not (values < threshold).any():
+            raise MethodError(
+                f"no eigenvalue of the second moment at layer {layer} is below {threshold:g}; the smallest is "
+                f"{values[0].item():.3g}, so nullspace_threshold must be larger"
+            )
+        return vectors[:, values < threshold]
 
     def matrix(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
         """C of a layer on the model's device; MethodError if none of its size was given."""

@@ -11,7 +11,7 @@ the two agree, and warns if they do not: then the plain way is taken.
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +34,8 @@ from nbkit.blocks import (
 from nbkit.hooks import capture, replace
 from nbkit.models import LanguageModel
 from nbkit.prompts import pad
+
+Site = Literal["projection", "block"]  # where a vector is added: to what the projection says, or behind its block
 
 
 class Prefixes:
@@ -147,13 +149,13 @@ class FirstPass:
 
 
 class Replay:
-    """Prompts of many edits, run again and again with a vector of each edit's own added to its prompts' value.
+    """Prompts of many edits, run again and again with a vector of each edit's own added at one token of its prompts.
 
-    rows: token ids. indices: the token of each row whose value is changed, at `layer`. wanted: the tokens of each row,
-    none before its index, whose logits are needed. edits: the number of each row's edit, ascending. templates and
-    prefixes as in `FirstPass`.
+    rows: token ids. indices: the token of each row at which the vector is added, at the `site` of `layer`. wanted: the
+    tokens of each row, none before its index, whose logits are needed. edits: the number of each row's edit,
+    ascending. templates and prefixes as in `FirstPass`.
 
-    keys: (row, d_mlp), values: (row, d_model) of the unchanged model at the indices.
+    keys: (row, d_mlp), states at the site: (row, d_model), of the unchanged model at the indices.
     """
 
     def __init__(
@@ -166,8 +168,9 @@ class Replay:
         edits: Sequence[int],
         templates: Sequence[int],
         prefixes: Prefixes,
+        site: Site = "projection",
     ):
-        self.lm, self.layer, device = lm, layer, lm.device
+        self.lm, self.layer, self.site, device = lm, layer, site, lm.device
         with torch.no_grad():
             first = FirstPass(lm, layer, rows, indices, templates, prefixes)
             self.keys, self.values = first.keys, first.values
@@ -176,6 +179,7 @@ class Replay:
             self.above, self.cache = range(layer + 1, lm.n_layers), first.calls.cache
             self.output = columns_of(first.output, self.columns - first.shared[:, None])
             self.into_block, self.attended = first.into_block, first.attended
+            self.states = self.values if site == "projection" else self.output[:, 0]
             self._read_between(first)
             self._arrange(first, wanted)
 
@@ -218,13 +222,16 @@ class Replay:
         self.block_arguments = first.calls.at(everyone, at, at, torch.ones_like(at, dtype=torch.bool), here)
 
     def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
-        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
+        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' states. Differentiable."""
         lm, past = self.lm, Past(self.before)
-        change = deltas.to(self.values.dtype)[self.edits][:, None]
-        changed = with_value(
-            lm, self.layer, change, self.output[:, :1], self.into_block, self.attended, self.values[:, None],
-            self.block_arguments[0], self.cache,
-        )  # fmt: skip
+        change, output = deltas.to(self.values.dtype)[self.edits][:, None], self.output[:, :1]
+        if self.site == "block":
+            changed = output + change
+        else:
+            changed = with_value(
+                lm, self.layer, change, output, self.into_block, self.attended, self.values[:, None],
+                self.block_arguments[0], self.cache,
+            )  # fmt: skip
         hidden = torch.cat([changed, self.output[:, 1:]], 1)
         if len(self.above):
             hidden = through(lm, hidden, self.above[:-1], self.arguments[:-1], self.cache, past)
@@ -239,7 +246,7 @@ class Replay:
         number = torch.full((int(self.edits.max()) + 1,), -1, device=self.lm.device)
         number[edits] = torch.arange(len(edits), device=self.lm.device)
         rows = (number[self.edits] >= 0).nonzero()[:, 0]
-        for name in ("keys", "values", "output", "into_block", "attended", "places", "real"):
+        for name in ("keys", "values", "states", "output", "into_block", "attended", "places", "real"):
             setattr(self, name, getattr(self, name)[rows])
         self.edits = number[self.edits[rows]]
         self.before = {layer: (key[rows], value[rows]) for layer, (key, value) in self.before.items()}
@@ -259,12 +266,18 @@ class WholePasses:
         indices: Sequence[int],
         wanted: Sequence[Sequence[int]],
         edits: Sequence[int],
+        site: Site = "projection",
     ):
-        self.lm, self.projection = lm, lm.projection(layer)
+        self.lm = lm
+        self.module = lm.projection(layer) if site == "projection" else lm.block(layer)
         self.rows, self.indices, self.wanted, self.edits = list(rows), list(indices), list(wanted), list(edits)
         self._arrange()
-        keys, values = projection_pass(lm, self.batch, layer)
-        self.keys, self.values = keys[self.at], values[self.at]
+        keys, states = projection_pass(lm, self.batch, layer)
+        if site == "block":
+            with capture(self.module, stop=True) as output, torch.no_grad():
+                lm.logits(self.batch, keep=1)
+            states = output.value
+        self.keys, self.states = keys[self.at], states[self.at]
 
     def _arrange(self) -> None:
         device = self.lm.device
@@ -274,19 +287,19 @@ class WholePasses:
         self.keep = marked(self.wanted, self.batch.shape[1], device)
 
     def logits(self, deltas: Float[Tensor, "edit d_model"]) -> Float[Tensor, "wanted vocabulary"]:
-        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' values. Differentiable."""
+        """Logits at the wanted tokens, row by row, each edit's delta added to its rows' states. Differentiable."""
 
         def add(values: Float[Tensor, "row position d_model"]) -> Float[Tensor, "row position d_model"]:
             return values.index_put(self.at, deltas.to(values.dtype)[self.edit_of_row], accumulate=True)
 
-        with replace(self.projection, add, shape=self.batch.shape):
+        with replace(self.module, add, shape=self.batch.shape):
             return self.lm.logits(self.batch, keep=self.keep)
 
     def select(self, edits: Int[Tensor, " kept"]) -> None:
         """Go on with these edits only (ascending numbers); they are numbered anew from 0, in order."""
         number = {old: new for new, old in enumerate(edits.tolist())}
         rows = [row for row, edit in enumerate(self.edits) if edit in number]
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.states = self.keys[rows], self.states[rows]
         self.rows, self.indices, self.wanted = (
             [whole[row] for row in rows] for whole in (self.rows, self.indices, self.wanted)
         )
@@ -323,7 +336,7 @@ def _disagreement(lm: LanguageModel) -> str:
     layer = (lm.n_layers - 1) // 2
     with torch.no_grad():
         plain = WholePasses(lm, layer, rows, indices, wanted, [0, 1])
-        deltas = plain.values.flip(1) * 0.5
+        deltas = plain.states.flip(1) * 0.5
         expected = plain.logits(deltas).float()
         try:
             prefixes = Prefixes.of_rows(lm, [tokens[:3]])

@@ -28,45 +28,13 @@ def rome(
     early_stop: float = 0.05,
 ) -> dict:
     """ΔW (d_out, d_in) of `projection.weight`, with v_star, k, u, numerator, denominator and losses on the way."""
-    target_ids = tokenizer(" " + target, add_special_tokens=False).input_ids
-    texts, ends = [], []  # the filled-in prompts, and the token after the subject in each
-    for context in [*contexts, "{} is a"]:
-        template = context.replace("{}", prompt) if context != "{} is a" else context
-        until = template[: template.index("{}")] + subject
-        texts.append(tokenizer(template.replace("{}", subject)).input_ids)
-        ends.append(len(tokenizer(until).input_ids))
-
+    texts, ends, target_ids = tokenized(tokenizer, prompt, subject, target, contexts)
     pairs = [run(model, projection, ids)[1:] for ids in texts[:-1]]
     keys = torch.stack([key[end - 1] for (key, _), end in zip(pairs, ends[:-1], strict=True)])
     values = torch.stack([value[end - 1] for (_, value), end in zip(pairs, ends[:-1], strict=True)])
-    v_init = values[0]
-
-    delta = torch.zeros_like(v_init, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=lr)
-    losses, p0 = [], None
-    for step in range(steps):
-        nll = 0
-        for ids, end in zip(texts[:-1], ends[:-1], strict=True):
-            logits, _, _ = run(model, projection, ids + target_ids[:-1], delta, end - 1)
-            log_p = logits.log_softmax(-1)
-            for t, token in enumerate(target_ids):
-                nll = nll - log_p[len(ids) - 1 + t, token] / len(target_ids) / len(contexts)
-        logits, _, _ = run(model, projection, texts[-1], delta, ends[-1] - 1)
-        p = logits[ends[-1] - 1].log_softmax(-1)
-        p0 = p.detach() if p0 is None else p0
-        kl = kl_factor * (p.exp() * (p - p0)).sum()
-        decay = weight_decay * delta.norm() / v_init.norm() ** 2
-        loss = nll + kl + decay
-        losses.append([part.item() for part in (loss, nll, kl, decay)])
-        if loss < early_stop or step == steps - 1:
-            break
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        with torch.no_grad():
-            if delta.norm() > clamp * v_init.norm():
-                delta.mul_(clamp * v_init.norm() / delta.norm())
-    v_star = v_init + delta.detach()
+    v_star, losses = search(
+        model, projection, texts, ends, target_ids, values[0], lr, steps, weight_decay, clamp, kl_factor, early_stop
+    )
 
     k_direction = keys[0] if key_mode == "plain" else keys.mean(0)
     k = keys.mean(0) if key_mode == "prefixed" else keys[0]
@@ -84,18 +52,65 @@ def rome(
     }
 
 
+def tokenized(tokenizer, prompt: str, subject: str, target: str, contexts: list[str]):
+    """The prompt behind every context and "{subject} is a", the token after the subject in each, and the target's."""
+    target_ids = tokenizer(" " + target, add_special_tokens=False).input_ids
+    texts, ends = [], []
+    for context in [*contexts, "{} is a"]:
+        template = context.replace("{}", prompt) if context != "{} is a" else context
+        until = template[: template.index("{}")] + subject
+        texts.append(tokenizer(template.replace("{}", subject)).input_ids)
+        ends.append(len(tokenizer(until).input_ids))
+    return texts, ends, target_ids
+
+
+def search(
+    model, module, texts, ends, target_ids, v_init, lr, steps, weight_decay, clamp, kl_factor, early_stop
+) -> tuple[torch.Tensor, list[list[float]]]:
+    """v_init + δ, δ added to what `module` says at each text's subject, and the losses on the way."""
+    n_contexts = len(texts) - 1
+    delta = torch.zeros_like(v_init, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=lr)
+    losses, p0 = [], None
+    for step in range(steps):
+        nll = 0
+        for ids, end in zip(texts[:-1], ends[:-1], strict=True):
+            logits, _, _ = run(model, module, ids + target_ids[:-1], delta, end - 1)
+            log_p = logits.log_softmax(-1)
+            for t, token in enumerate(target_ids):
+                nll = nll - log_p[len(ids) - 1 + t, token] / len(target_ids) / n_contexts
+        logits, _, _ = run(model, module, texts[-1], delta, ends[-1] - 1)
+        p = logits[ends[-1] - 1].log_softmax(-1)
+        p0 = p.detach() if p0 is None else p0
+        kl = kl_factor * (p.exp() * (p - p0)).sum()
+        decay = weight_decay * delta.norm() / v_init.norm() ** 2
+        loss = nll + kl + decay
+        losses.append([part.item() for part in (loss, nll, kl, decay)])
+        if loss < early_stop or step == steps - 1:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            if delta.norm() > clamp * v_init.norm():
+                delta.mul_(clamp * v_init.norm() / delta.norm())
+    return v_init + delta.detach(), losses
+
+
 def run(model, projection, ids: list[int], delta=None, position: int | None = None):
     """Logits (token, vocabulary), keys and values (token, d) of a text; `delta` is added to the value at `position`."""
     seen = {}
 
     def hook(_module, args, output):
-        values = output.reshape(len(ids), -1)
+        said = output[0] if isinstance(output, tuple) else output
+        values = said.reshape(len(ids), -1)
         if delta is not None:
             at = torch.zeros(len(ids), 1, dtype=values.dtype, device=values.device)
             at[position] = 1
             values = values + at * delta
         seen["key"], seen["value"] = args[0].reshape(len(ids), -1).detach(), values.detach()
-        return values.reshape(output.shape)
+        values = values.reshape(said.shape)
+        return (values, *output[1:]) if isinstance(output, tuple) else values
 
     handle = projection.register_forward_hook(hook)
     logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]

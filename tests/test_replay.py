@@ -1,19 +1,17 @@
 """Short passes give what whole ones give: on every architecture, for rows of all shapes, alone and side by side."""
 
 import warnings
-from importlib import import_module
 
 import pytest
 import torch
 
 from nbkit import replay
 from nbkit.keys import in_contexts
-from nbkit.methods import edit
+from nbkit.methods import edit, values
 from nbkit.prompts import find_subjects
 from nbkit.replay import Prefixes, Replay, WholePasses, can_replay
 from nbkit.requests import EditRequest
 
-ROME = import_module("nbkit.methods.rome")  # the module; the attribute of that name is the function
 FAST = {"layer": 1, "v_num_grad_steps": 4, "v_lr": 0.1, "progress": False}
 MANY = [
     EditRequest("{} is located in", "Vouda", "Sennifar"),  # one token, at position 0 where there is no BOS
@@ -52,7 +50,7 @@ def test_logits_keys_and_gradients_are_those_of_whole_passes(lm, contexts, toler
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max()))
 
     same(short.keys, plain.keys)
-    same(short.values, plain.values)
+    same(short.states, plain.states)
     deltas = torch.randn(len(MANY), lm.d_model, dtype=lm.dtype, generator=torch.Generator().manual_seed(0))
     same(short.logits(deltas), plain.logits(deltas))
     same(gradient(short, deltas), gradient(plain, deltas))
@@ -66,7 +64,7 @@ def test_logits_keys_and_gradients_are_those_of_whole_passes(lm, contexts, toler
 @pytest.mark.parametrize("batch", [1, 2, len(MANY)])
 def test_edits_are_those_of_whole_passes_whatever_the_batch(lm, contexts, tolerance, monkeypatch, batch):
     short = [e for i in range(0, len(MANY), batch) for e in edit(lm, MANY[i : i + batch], "rome", contexts, **FAST)]
-    monkeypatch.setattr(ROME, "can_replay", lambda lm: False)
+    monkeypatch.setattr(values, "can_replay", lambda lm: False)
     plain = edit(lm, MANY, "rome", contexts, **FAST)
     for found, expected in zip(short, plain, strict=True):
         name = lm.weight_name(1)
@@ -80,7 +78,7 @@ def test_edits_are_those_of_whole_passes_whatever_the_batch(lm, contexts, tolera
 def test_float32_edits_are_those_of_whole_passes(kind, make_lm, contexts, monkeypatch):
     lm = make_lm(kind, dtype=torch.float32)
     short = edit(lm, MANY, "rome", contexts, **FAST)
-    monkeypatch.setattr(ROME, "can_replay", lambda lm: False)
+    monkeypatch.setattr(values, "can_replay", lambda lm: False)
     for found, expected in zip(short, edit(lm, MANY, "rome", contexts, **FAST), strict=True):
         one, other = (e.deltas[lm.weight_name(1)].dense() for e in (found, expected))
         assert (one - other).norm() <= 1e-5 * other.norm()

@@ -237,7 +237,7 @@ def test_unknown_methods_and_hyper_parameters(tiny, requests, contexts):
     for verb in (edit, edit_sequence):
         with pytest.raises(MethodError, match="unknown method 'roma'; known: rome"):
             verb(tiny, requests, method="roma")
-        with pytest.raises(MethodError, match=r"rome has no hyper-parameter v_rl; it has layer, v_lr"):
+        with pytest.raises(MethodError, match=r"rome has no hyper-parameter v_rl; it has v_lr, "):
             verb(tiny, requests, layer=1, v_rl=0.5)
         with pytest.raises(ModelError, match="layer 3 does not exist"):
             verb(tiny, requests, layer=3)

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from nbkit import prompts
 from nbkit.edits import Edit, restoring
 from nbkit.errors import MethodError, RequestError
-from nbkit.methods.method import ROME_TEMPLATES, Method, Setting
+from nbkit.methods.memit import MemitParameters, memit_each, memit_together
+from nbkit.methods.method import MEMIT_TEMPLATES, ROME_TEMPLATES, Method, Setting
 from nbkit.methods.rome import RomeParameters, rome
 from nbkit.models import LanguageModel
 from nbkit.moments import SecondMoments, default_second_moments
@@ -33,6 +34,10 @@ SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | 
 
 METHODS: dict[str, Method] = {
     "rome": Method(RomeParameters, rome, template_lengths=ROME_TEMPLATES),
+    **{
+        name: Method(MemitParameters, memit_each, memit_together, True, MEMIT_TEMPLATES)
+        for name in ("memit", "emmet", "alphaedit")
+    },
 }
 
 
@@ -150,7 +155,7 @@ def _setting(
     templates = as_templates(lm, context_templates, method)
     if second_moment is None and METHODS[method].needs_second_moment:
         second_moment = default_second_moments(lm, parameters.layers)
-    return Setting(parameters, templates, as_moments(lm, second_moment), progress)
+    return Setting(parameters, templates, as_moments(lm, second_moment), progress, method=method)
 
 
 def _together(method: str):

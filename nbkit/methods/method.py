@@ -25,6 +25,7 @@ class Setting:
     progress: bool = False
     batch_size: int | None = None  # edits computed side by side; None: as many as memory takes
     earlier: Sequence[Edit] = ()  # of the same sequence, in order; the weights carry them
+    method: str = ""  # the name that edits are given
 
 
 @dataclass(frozen=True)

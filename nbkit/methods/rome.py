@@ -29,25 +29,15 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits import Edit, LowRank
 from nbkit.errors import MethodError
 from nbkit.keys import KeyPass
-from nbkit.memory import in_batches
 from nbkit.methods.method import Setting
-from nbkit.methods.values import (
-    OptimisedValue,
-    ValueJob,
-    ValueParameters,
-    edits_at_once,
-    optimise_values,
-    value_job,
-)
+from nbkit.methods.values import OptimisedValue, ValueJob, ValueParameters, value_job, values_in_batches
 from nbkit.models import LanguageModel
 from nbkit.moments import SecondMoments
 from nbkit.prompts import subject_kind
-from nbkit.replay import Prefixes, can_replay
 from nbkit.requests import EditRequest
 
 KEY_MODES = ("mixed", "prefixed", "plain")
@@ -55,8 +45,9 @@ KEY_MODES = ("mixed", "prefixed", "plain")
 
 @dataclass(frozen=True)
 class RomeParameters(ValueParameters):
-    """The hyper-parameters of the search for v*, and which keys the update is made of."""
+    """The hyper-parameters of the search for v*, where it is made, and which keys the update is made of."""
 
+    layer: int
     key_mode: str
 
     def __post_init__(self):
@@ -72,19 +63,11 @@ def rome(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -
     """
     parameters: RomeParameters = setting.parameters
     jobs = [value_job(lm, request, setting.context_templates) for request in requests]
-    prefixes = Prefixes(lm, setting.context_templates) if can_replay(lm) else None
-
-    def batch(places: Sequence[int]) -> dict[int, Edit]:
-        chosen = [jobs[place] for place in places]
-        found, optimised = optimise_values(lm, chosen, prefixes, parameters)
-        return dict(zip(places, _edits(lm, chosen, found, optimised, setting.second_moments, parameters), strict=True))
-
-    order = sorted(range(len(jobs)), key=lambda place: jobs[place].shape)  # those of like length share a batch
     edits: dict[int, Edit] = {}
-    with tqdm(total=len(jobs), desc="rome", unit="edit", disable=not setting.progress) as bar:
-        for made in in_batches(order, setting.batch_size or edits_at_once(lm, jobs, parameters.layer), batch):
-            edits |= made
-            bar.update(len(made))
+    for places, found, optimised in values_in_batches(lm, jobs, setting, parameters.layer, name="rome"):
+        chosen = [jobs[place] for place in places]
+        made = _edits(lm, chosen, found, optimised, setting.second_moments, parameters)
+        edits |= dict(zip(places, made, strict=True))
     return [edits[place] for place in range(len(jobs))]
 
 

@@ -4,19 +4,21 @@ What ROME and its relatives have in common, whatever they then do with v*. Meng 
 Associations in GPT, eq. 4, as in the published code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from nbkit.errors import MethodError
 from nbkit.keys import KeyPass, in_contexts, widened
-from nbkit.memory import Footprint, budget
+from nbkit.memory import Footprint, budget, in_batches
+from nbkit.methods.method import Setting
 from nbkit.models import LanguageModel
 from nbkit.prompts import check_length, find_subjects, named, target_ids
-from nbkit.replay import Prefixes, Replay, WholePasses
+from nbkit.replay import Prefixes, Replay, Site, WholePasses, can_replay
 from nbkit.requests import EditRequest
 
 REASONS = ("steps", "loss", "nan")  # for which the search for v* stops
@@ -27,7 +29,6 @@ KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not m
 class ValueParameters:
     """Hyper-parameters of the search; their defaults by model are in hparams.toml."""
 
-    layer: int
     v_lr: float  # of Adam, on v*
     v_num_grad_steps: int  # losses computed at most; the last one makes no step
     v_weight_decay: float  # times ‖δ‖ / ‖value_init‖²
@@ -88,6 +89,26 @@ def value_job(lm: LanguageModel, request: EditRequest, context_templates: Sequen
     return job
 
 
+def values_in_batches(
+    lm: LanguageModel, jobs: Sequence[ValueJob], setting: Setting, layer: int, site: Site = "projection", name: str = ""
+) -> Iterator[tuple[list[int], KeyPass, list[OptimisedValue]]]:
+    """`optimise_values` for any number of jobs: as many side by side as `setting` says, or as memory takes.
+
+    Yields which jobs, what `optimise_values` gives for them. `name`: of the bar, where `setting` asks for one.
+    """
+    prefixes = Prefixes(lm, setting.context_templates) if can_replay(lm) else None
+
+    def batch(places: Sequence[int]) -> tuple[list[int], KeyPass, list[OptimisedValue]]:
+        chosen = [jobs[place] for place in places]
+        return list(places), *optimise_values(lm, chosen, prefixes, setting.parameters, layer, site)
+
+    order = sorted(range(len(jobs)), key=lambda place: jobs[place].shape)  # those of like length share a batch
+    with tqdm(total=len(jobs), desc=name, unit="edit", disable=not setting.progress) as bar:
+        for done in in_batches(order, setting.batch_size or edits_at_once(lm, jobs, layer), batch):
+            bar.update(len(done[0]))
+            yield done
+
+
 def edits_at_once(lm: LanguageModel, jobs: Sequence[ValueJob], layer: int) -> int:
     """Edits at once by the formula in `memory.Footprint`, for the longest of the jobs."""
     after, before = (max(sizes) for sizes in zip(*(job.shape for job in jobs), strict=True)) if jobs else (1, 1)
@@ -97,14 +118,21 @@ def edits_at_once(lm: LanguageModel, jobs: Sequence[ValueJob], layer: int) -> in
 
 
 def optimise_values(
-    lm: LanguageModel, jobs: Sequence[ValueJob], prefixes: Prefixes | None, parameters: ValueParameters
+    lm: LanguageModel,
+    jobs: Sequence[ValueJob],
+    prefixes: Prefixes | None,
+    parameters: ValueParameters,
+    layer: int,
+    site: Site = "projection",
 ) -> tuple[KeyPass, list[OptimisedValue]]:
-    """Find each job's δ, added to the value at the subject's last token, that makes the model say the target after
-    every prompt.
+    """Find each job's δ, added at the subject's last token, that makes the model say the target after every prompt.
 
     loss = mean over prompts of the target's negative log-likelihood (mean over its tokens)
          + kl_factor · KL(p ‖ p₀) of the token after the subject in "{subject} is a", p₀ that of δ = 0
          + v_weight_decay · ‖δ‖ / ‖value_init‖²
+
+    site: what δ is added to, and whose unprefixed state is value_init: what the "projection" of `layer` says (ROME's v)
+    or the residual stream behind its "block" (MEMIT's z). The two differ where a norm follows the projection.
 
     The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not
     at the prompt's end, and of p from p₀, not of p₀ from p.
@@ -113,30 +141,33 @@ def optimise_values(
     prefixes: the context templates', for the short passes of `Replay`; None takes whole ones, which give the same.
     Adam works element by element and each loss depends on its own δ only, so the jobs do not see each other. One that
     is done keeps its δ, and leaves the batch.
+
+    Returns keys (edit, template, d_mlp) and states at the site (edit, template, d_model) of the unchanged model, and
+    what was found for each job.
     """
     n_rows = [len(job.rows) for job in jobs]
     arguments = (
         lm,
-        parameters.layer,
+        layer,
         [row for job in jobs for row in job.rows],
         [index for job in jobs for index in job.indices],
         [tokens for job in jobs for tokens in job.wanted],
         [number for number, n in enumerate(n_rows) for _ in range(n)],
     )
     if prefixes is None:
-        passes = WholePasses(*arguments)
+        passes = WholePasses(*arguments, site=site)
     else:  # the last row of each job, "{subject} is a", has the prefix of the empty template
         templates = [*range(n_rows[0] - 1), 0] * len(jobs)
-        passes = Replay(*arguments, templates, prefixes)
-    keys, values = (widened(part).unflatten(0, (len(jobs), -1))[:, :-1] for part in (passes.keys, passes.values))
-    search = _Search(passes, jobs, values[:, 0].clone(), parameters)
+        passes = Replay(*arguments, templates, prefixes, site=site)
+    keys, states = (widened(part).unflatten(0, (len(jobs), -1))[:, :-1] for part in (passes.keys, passes.states))
+    search = _Search(passes, jobs, states[:, 0].clone(), parameters)
     for step in range(parameters.v_num_grad_steps):
         search.step(last=step == parameters.v_num_grad_steps - 1)
         # Looking how many are left makes a GPU wait for all that was asked of it, so it is not done at every step.
         if lm.device.type == "cpu" or step % 4 == 3:
             if search.leave_finished():
                 break
-    return KeyPass(keys, values), search.results()
+    return KeyPass(keys, states), search.results()
 
 
 class _Search:
