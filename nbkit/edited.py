@@ -4,15 +4,18 @@ A row's update is added where the edited weight is used, y = W x + left (right �
 updates without low rank take a batched matrix product there. Nothing in the model is changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad as with_zeros
 
 from nbkit.blocks import Calls, Past, at_columns, columns_of, marked, spans, through, to_logits, with_value
-from nbkit.edits import Edit, LowRank, applied, weight_of
+from nbkit.edits import Dense, Edit, LowRank, applied, weight_of
 from nbkit.hooks import capture
 from nbkit.memory import Footprint, budget, in_batches
 from nbkit.models import LanguageModel
@@ -20,6 +23,7 @@ from nbkit.prompts import pad
 from nbkit.replay import can_replay
 
 BAND = 16  # rows of like length that every edited model reads, in one pass
+REACH = 0.75  # edits go together when each has at least this share of the group's layers to run anyway
 
 
 def layer_of(lm: LanguageModel, name: str) -> int | None:
@@ -30,37 +34,91 @@ def layer_of(lm: LanguageModel, name: str) -> int | None:
     return None
 
 
-def alike(edits: Sequence[Edit]) -> list[list[int]]:
-    """Places of the edits by what they change: those in one list can be stacked (`Changes`)."""
-    groups: dict[tuple, list[int]] = {}
+def alike(lm: LanguageModel, edits: Sequence[Edit]) -> list[tuple[int | None, list[int]]]:
+    """Places of the edits that can be stacked (`Changes`), and the lowest layer that any of them changes.
+
+    Low-rank updates go together whatever their ranks and weights are, unless one would make another run many more
+    layers than it needs; others go with those of the same weights. A layer of None: edits that change something
+    outside the layers, or nothing.
+    """
+    kinds: dict[tuple[str, ...] | str | None, list[int]] = {}
+    lowest: list[int] = []
     for place, edit in enumerate(edits):
-        kind = sorted((n, d.left.shape[1] if isinstance(d, LowRank) else None) for n, d in edit.deltas.items())
-        groups.setdefault(tuple(kind), []).append(place)
-    return list(groups.values())
+        layers = [layer_of(lm, name) for name in edit.deltas]
+        outside = None in layers or not layers
+        lowest.append(-1 if outside else min(layers))
+        low_rank = all(isinstance(delta, LowRank) for delta in edit.deltas.values())
+        kinds.setdefault(None if outside else "low rank" if low_rank else tuple(sorted(edit.deltas)), []).append(place)
+    groups: list[tuple[int | None, list[int]]] = [(None, kinds.pop(None))] if None in kinds else []
+    for places in kinds.values():
+        first = None
+        for place in sorted(places, key=lowest.__getitem__):
+            if first is None or lm.n_layers - lowest[place] < REACH * (lm.n_layers - first):
+                first = lowest[place]
+                groups.append((first, []))
+            groups[-1][1].append(place)
+    for _, places in groups:  # so that a batch, which is a run of them, has ranks that are much the same
+        places.sort(key=lambda place: sum(map(_n_numbers, edits[place].deltas.values())))
+    return groups
+
+
+def _n_numbers(delta: LowRank | Dense) -> int:
+    return sum(delta.shape) * delta.left.shape[1] if isinstance(delta, LowRank) else math.prod(delta.shape)
 
 
 class Changes:
-    """The updates of several edits that are `alike`, stacked.
+    """The updates of several edits, stacked. Differentiable in the updates.
 
-    ModelError for a weight that the model does not have or of another shape.
+    Low-rank ones are padded with zeros to the largest rank, and an edit that does not change what another does has
+    zeros there. ModelError for a weight that the model does not have or of another shape.
     """
 
     def __init__(self, lm: LanguageModel, edits: Sequence[Edit]):
+        self.n_edits = len(edits)
         self.factors: dict[str, tuple[Tensor, ...]] = {}  # by module: factors (edit, ., .) whose product is each ΔWᵀ
-        for name in edits[0].deltas:
-            dtype = [weight_of(lm, name, edit.deltas[name]).dtype for edit in edits][0]
-            deltas = [edit.deltas[name].to(lm.device) for edit in edits]
-            if isinstance(deltas[0], LowRank):
-                parts = [torch.stack([d.right.T for d in deltas]), torch.stack([d.left.T for d in deltas])]
+        for name in dict.fromkeys(name for edit in edits for name in edit.deltas):
+            given = [edit.deltas.get(name) for edit in edits]
+            weight = [weight_of(lm, name, delta) for delta in given if delta is not None][0]
+            (d_out, d_in) = next(delta.shape for delta in given if delta is not None)
+            nothing = LowRank(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))
+            deltas = [nothing if delta is None else delta.to(lm.device) for delta in given]
+            if all(isinstance(delta, LowRank) for delta in deltas):
+                rank = max(delta.left.shape[1] for delta in deltas)
+                rights = [with_zeros(d.right.to(weight.dtype), (0, 0, 0, rank - len(d.right))) for d in deltas]
+                lefts = [with_zeros(d.left.to(weight.dtype), (0, rank - len(d.right))) for d in deltas]
+                parts = [torch.stack(rights), torch.stack(lefts)]
             else:
-                parts = [torch.stack([delta.dense().T for delta in deltas])]
-            self.factors[name.removesuffix(".weight")] = tuple(part.to(dtype) for part in parts)
+                parts = [torch.stack([delta.dense().to(weight.dtype) for delta in deltas])]
+            self.factors[name.removesuffix(".weight")] = tuple(part.transpose(1, 2) for part in parts)
 
     def of(self, module: str, states: Float[Tensor, "edit n d_in"]) -> Float[Tensor, "edit n d_out"]:
         """ΔW x of each edit's own rows."""
         for factor in self.factors[module]:
             states = states @ factor
         return states
+
+    @contextmanager
+    def added(self, lm: LanguageModel, modules: Iterable[str]) -> Iterator[None]:
+        """Within this `with`, the modules' outputs are those of each edit's own weights; rows come edit by edit."""
+
+        def hook(name, _module, args, output):
+            states = args[0].reshape(self.n_edits, -1, args[0].shape[-1])
+            return output + self.of(name, states).reshape(output.shape)
+
+        with ExitStack() as stack:
+            for name in modules:
+                handle = lm.model.get_submodule(name).register_forward_hook(partial(hook, name))
+                stack.callback(handle.remove)
+            yield
+
+    @staticmethod
+    def bytes_each(lm: LanguageModel, edits: Sequence[Edit]) -> int:
+        """What one edit of a stack of these takes."""
+        largest: dict[str, int] = {}
+        for edit in edits:
+            for name, delta in edit.deltas.items():
+                largest[name] = max(largest.get(name, 0), _n_numbers(delta))
+        return lm.dtype.itemsize * sum(largest.values())
 
 
 class SharedPass:
@@ -94,23 +152,22 @@ class SharedPass:
         layers = range(self.layer, lm.n_layers)
         arguments = self.calls.at(rows, columns, columns, visible, layers)
         projection = lm.architecture.projection_path(self.layer)
-        elsewhere = [module for module in changes.factors if module != projection]
+        inside = any(layer_of(lm, name + ".") == self.layer for name in changes.factors if name != projection)
         most = max(map(len, kept))
         places = torch.tensor([[*positions] + [0] * (most - len(positions)) for positions in kept], device=lm.device)
         real = torch.tensor([i for i in range(len(kept) * most) if i % most < len(kept[i // most])], device=lm.device)
-        with ExitStack() as stack:
-            for module in elsewhere:
-                stack.enter_context(self._adding(changes, module, n_edits))
-            if any(layer_of(lm, module + ".") == self.layer for module in elsewhere):
-                stack.enter_context(self._adding(changes, projection, n_edits))
+        with changes.added(lm, [name for name in changes.factors if inside or name != projection]):
+            if inside:  # something else in this block changes as well, so it is run
                 hidden = through(lm, self.into_block[rows], layers[:1], arguments[:1], self.calls.cache, Past())
-            else:
+            elif projection in changes.factors:
                 keys = self.keys[rows].reshape(n_edits, -1, self.keys.shape[-1])
                 update = changes.of(projection, keys).reshape(len(rows), n_positions, -1)
                 hidden = with_value(
                     lm, self.layer, update, self.output[rows], self.into_block[rows], self.attended[rows],
                     self.values[rows], arguments[0], self.calls.cache,
                 )  # fmt: skip
+            else:
+                hidden = self.output[rows]
             if len(layers) > 1 and most <= n_positions // 2:
                 hidden = through(lm, hidden, layers[1:-1], arguments[1:-1], self.calls.cache, Past())
                 (of_kept,) = self.calls.at(rows, columns.gather(1, places), columns, visible, layers[-1:])
@@ -121,17 +178,20 @@ class SharedPass:
                 hidden = columns_of(hidden, places)
         return to_logits(lm, hidden.flatten(0, 1)[real])
 
-    def _adding(self, changes: Changes, module: str, n_edits: int) -> ExitStack:
-        """Within this `with`, the module's output is that of each row's own edited weight."""
 
-        def hook(_module, args, output):
-            states = args[0].reshape(n_edits, -1, args[0].shape[-1])
-            return output + changes.of(module, states).reshape(output.shape)
+class WholePass:
+    """`SharedPass` the plain way: every pass runs all layers on all rows. Same arguments, same numbers."""
 
-        stack = ExitStack()
-        if module in changes.factors:
-            stack.callback(self.lm.model.get_submodule(module).register_forward_hook(hook).remove)
-        return stack
+    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]):
+        self.lm, self.rows = lm, rows
+
+    def logits(
+        self, changes: Changes, grid: Int[Tensor, "edit row"], kept: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "kept vocabulary"]:
+        """As `SharedPass.logits`."""
+        batch = pad(self.lm, [self.rows[number] for number in grid.flatten().tolist()])
+        with changes.added(self.lm, changes.factors):
+            return self.lm.logits(batch, keep=marked(kept, batch.shape[1], self.lm.device))
 
 
 def edited_logits(
@@ -149,15 +209,14 @@ def edited_logits(
     of all their kept positions, one after the other. Edits of weights outside the layers, and models that cannot be
     replayed, go the plain way: every edit applied, all layers run.
     """
-    for group in alike(edits):
-        layers = [layer_of(lm, name) for name in edits[group[0]].deltas]
-        if None in layers or not layers or not can_replay(lm):
+    for layer, group in alike(lm, edits):
+        if layer is None or not can_replay(lm):
             for edit in group:
                 with applied(lm, edits[edit]):
                     yield from plain_logits(lm, edit, rows, kept, rows_of[edit], batch_size or 64)
             continue
         for band, members in _bands(rows, rows_of, group):
-            yield from _together(lm, min(layers), edits, members, rows, kept, band, batch_size)
+            yield from _together(lm, layer, edits, members, rows, kept, band, batch_size)
 
 
 def plain_logits(
@@ -212,6 +271,7 @@ def _together(
     longest = max(len(rows[number]) for edit in members for number in band[edit])
     n_logits = max(len(kept[number]) for edit in members for number in band[edit])
     one = most * Footprint(longest, 0, lm.n_layers - layer, n_logits, backward=False).bytes(lm)
+    one += Changes.bytes_each(lm, [edits[edit] for edit in members])
     shared: tuple[list[int], SharedPass] | None = None
 
     def compute(chosen: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor]:

@@ -36,6 +36,17 @@ def edits_of_all_kinds(lm) -> list[Edit]:
     ]
 
 
+def low_rank_edits(lm) -> list[Edit]:
+    """Of different ranks, of one layer and of several."""
+    return [
+        Edit(update(lm, 0, 1, 0)),
+        Edit(update(lm, 1, 3, 1) | update(lm, 2, 1, 2)),
+        Edit(update(lm, 2, 5, 3)),
+        Edit(update(lm, 0, 2, 4) | update(lm, 1, 1, 5) | update(lm, 2, 4, 6)),
+        Edit(update(lm, 1, 1, 7)),
+    ]
+
+
 def one_by_one(lm, edits, measure) -> list:
     values = []
     for edit in edits:
@@ -65,6 +76,46 @@ def test_perplexities(lm, texts, tolerance, kind_of_perplexity):
     np.testing.assert_allclose(found, expected, rtol=10 * tolerance)
     assert len(set(np.round(found, 6))) == len(edits)
     assert lm.n_applied == 0 and torch.equal(before, lm.weight(1))
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.6, edited.REACH])
+def test_low_rank_edits_of_different_layers_and_ranks_in_one_pass(lm, texts, tolerance, reach, monkeypatch):
+    """All in one group, some in one, or each layer by itself: it is the same."""
+    monkeypatch.setattr(edited, "REACH", reach)
+    edits = low_rank_edits(lm)
+    expected = one_by_one(lm, edits, lambda: perplexity(lm, texts))
+    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=10 * tolerance)
+
+
+def test_which_edits_go_together(tiny, monkeypatch):
+    outside = Edit({"transformer.wpe.weight": Dense(torch.ones(tiny.d_model, tiny.max_length))})
+    edits = [*low_rank_edits(tiny), *edits_of_all_kinds(tiny)[4:], Edit({}), outside]
+
+    def groups() -> dict:
+        return {(layer, tuple(sorted(places))) for layer, places in edited.alike(tiny, edits)}
+
+    rest = {(1, (5, 7)), (None, (8, 9))}  # dense ones by what they change; those that change nothing in a layer
+    assert groups() == {(0, (0, 3, 6)), (1, (1, 4)), (2, (2,))} | rest  # by how many layers they have to run
+    monkeypatch.setattr(edited, "REACH", 0.6)
+    assert groups() == {(0, (0, 1, 3, 4, 6)), (2, (2,))} | rest
+    monkeypatch.setattr(edited, "REACH", 0.0)
+    assert groups() == {(0, (0, 1, 2, 3, 4, 6))} | rest
+    (_, order), *_ = (group for group in edited.alike(tiny, edits) if group[0] == 0)
+    assert order[0] in (0, 4) and order[-1] == 3  # by size
+
+
+def test_whole_passes_give_the_same(lm, texts, tolerance):
+    rows = [lm.tokenizer(text).input_ids for text in texts]
+    for edits in (low_rank_edits(lm), [edits_of_all_kinds(lm)[4], edits_of_all_kinds(lm)[6]]):
+        grid = torch.tensor([[0, 3], [1, 2], [2, 2], [4, 0], [3, 1]])[: len(edits)]
+        kept = [range(len(rows[row]) - 1 - edit % 3, len(rows[row])) for edit, of in enumerate(grid) for row in of]
+        kept[1] = ()
+        changes = edited.Changes(lm, edits)
+        found = edited.WholePass(lm, rows).logits(changes, grid, kept)
+        layer = min(edited.layer_of(lm, name) for edit in edits for name in edit.deltas)
+        expected = edited.SharedPass(lm, layer, rows).logits(changes, grid, kept)
+        assert len(found) == sum(map(len, kept))
+        assert (found - expected).norm() < 100 * tolerance * expected.norm()
 
 
 def test_float32_perplexities(kind, make_lm, texts):
