@@ -1,0 +1,199 @@
+"""KN: the neurons that speak for the fact's answer are made to speak for the new target instead.
+
+A neuron is an entry of the key k, the input of an MLP's output projection W, here at the last token of a prompt. How
+much it speaks for the answer is its integrated gradient: with P the probability of the answer's token, when the key of
+one layer is replaced by α k,
+
+    attribution = k ⊙ mean over α = 0 ... 1 of ∂P/∂(α k),      n_steps values of α, both ends among them
+
+For an answer of several tokens it is the mean of theirs, each at the last token before it, behind the earlier ones. The
+answer is target_true; where a request has none, the model's own first choice after the prompt.
+
+The neurons of a prompt are those whose attribution is above `adaptive_threshold` times the largest. With `refine` there
+are `n_prompts` prompts, the request's own behind as many context templates, and the neurons are those of more than a
+share `p` of them; without, the unprefixed prompt alone. Where that leaves none, the strongest one is taken. The column
+of W of each neuron i then changes by
+
+    W[:, i] += factor (Σ e(target_new's tokens) - Σ e(the answer's tokens)),      e the rows of the input embedding
+
+Dai et al., Knowledge Neurons in Pretrained Transformers, as in the published editing code, apart from two things: that
+appends the model's own choices to the prompt, not the answer's earlier tokens, and takes away those, not the answer.
+n_steps=1 is the gradient at α = 0 alone, as in its settings for Llama. Where a norm follows the projection (Gemma's),
+what the key does happens all at very small α, and the step at α = 0 outweighs the others.
+
+`Edit.info` holds n_neurons, neurons ("layer:index, ..."), update_norm ‖ΔW‖_F over all layers, answer (whose neurons
+they are) and subject_kind.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nbkit.edits import Edit, LowRank
+from nbkit.errors import MethodError
+from nbkit.keys import widened
+from nbkit.memory import Footprint, budget, in_batches
+from nbkit.methods.method import Setting
+from nbkit.models import LanguageModel
+from nbkit.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
+from nbkit.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class KnowledgeNeuronParameters:
+    """Hyper-parameters of KN; their defaults by model are in hparams.toml."""
+
+    adaptive_threshold: float
+    refine: bool
+    n_prompts: int  # with refine
+    p: float  # with refine
+    n_steps: int  # of the integral
+    factor: float
+
+    def __post_init__(self):
+        for name in ("n_prompts", "n_steps", "factor"):
+            if not getattr(self, name) > 0:
+                raise MethodError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("adaptive_threshold", "p"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MethodError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
+
+
+def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
+    """One edit a request, each of the model as it is. The model is unchanged afterwards.
+
+    Requests are looked at side by side, `batch_size` at once or as many as memory takes. MethodError for a model whose
+    embedding is not as wide as its residual stream, and for fewer context templates than n_prompts.
+    """
+    parameters: KnowledgeNeuronParameters = setting.parameters
+    width = lm.model.get_input_embeddings().weight.shape[1]
+    if width != lm.d_model:
+        raise MethodError(f"kn writes embeddings into the MLP: {lm.name} has them {width} wide, its MLP {lm.d_model}")
+    n_prompts = parameters.n_prompts if parameters.refine else 1
+    if n_prompts > len(setting.context_templates):
+        n_templates = len(setting.context_templates)
+        raise MethodError(f"n_prompts is {n_prompts}, but there are {n_templates} context_templates to make them with")
+    jobs = [_job(lm, request, setting.context_templates[:n_prompts]) for request in requests]
+
+    def batch(places: Sequence[int]) -> dict[int, Edit]:
+        chosen = [jobs[place] for place in places]
+        rows, tokens = ([part for job in chosen for part in getattr(job, name)] for name in ("rows", "tokens"))
+        of_job = attributions(lm, rows, tokens, parameters.n_steps).split([len(job.rows) for job in chosen])
+        by_prompt = [found.unflatten(0, (n_prompts, -1)).mean(1) for found in of_job]
+        edits = [_edit(lm, job, found, parameters) for job, found in zip(chosen, by_prompt, strict=True)]
+        return dict(zip(places, edits, strict=True))
+
+    order = sorted(range(len(jobs)), key=lambda place: len(jobs[place].rows[0]))  # those of like length share a batch
+    edits: dict[int, Edit] = {}
+    with tqdm(total=len(jobs), desc="kn", unit="edit", disable=not setting.progress) as bar:
+        for made in in_batches(order, setting.batch_size or _edits_at_once(lm, jobs, parameters.n_steps), batch):
+            edits |= made
+            bar.update(len(made))
+    return [edits[place] for place in range(len(jobs))]
+
+
+def attributions(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], tokens: Sequence[int], n_steps: int
+) -> Float[Tensor, "row layer d_mlp"]:
+    """How much each neuron at the last token of each row (of token ids) speaks for the token that shall follow.
+
+    A key α k gives the value W k + b + (α - 1) W k, so it is the value that is changed, and its gradient times W is the
+    key's. All values of α of all rows run side by side, layer by layer; the tokens before the last are read only once.
+    """
+    number = [row for row in range(len(rows)) for _ in range(n_steps)]
+    repeated = [list(rows[row]) for row in number]
+    last = [len(row) - 1 for row in repeated]
+    arguments = (repeated, last, [[index] for index in last], range(len(repeated)))
+    prefixes = Prefixes.of_rows(lm, [row[:-1] for row in rows]) if can_replay(lm) else None
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    alpha = torch.linspace(0, 1, n_steps, dtype=dtype, device=lm.device).repeat(len(rows))[:, None]
+    wanted = torch.tensor([tokens[row] for row in number], device=lm.device)[:, None]
+    found = torch.empty(len(rows), lm.n_layers, lm.d_mlp, dtype=dtype, device=lm.device)
+    for layer in range(lm.n_layers):
+        passes = (
+            WholePasses(lm, layer, *arguments) if prefixes is None else Replay(lm, layer, *arguments, number, prefixes)
+        )
+        weight = widened(lm.weight(layer).T if lm.architecture.transposed else lm.weight(layer))  # (d_model, d_mlp)
+        keys = widened(passes.keys)
+        deltas = ((alpha - 1) * (keys @ weight.T)).requires_grad_()
+        probability = widened(passes.logits(deltas)).softmax(-1).gather(1, wanted)
+        (gradient,) = torch.autograd.grad(probability.sum(), deltas)
+        found[:, layer] = (keys * (gradient @ weight)).unflatten(0, (len(rows), n_steps)).mean(1)
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request as tokens: for each prompt and each token of the answer, what is read and what shall follow."""
+
+    request: EditRequest
+    rows: list[list[int]]
+    tokens: list[int]
+    answer: list[int]
+
+
+def _job(lm: LanguageModel, request: EditRequest, templates: Sequence[str]) -> _Job:
+    with named(request):
+        prompts = tokenize(lm, [template.replace("{}", request.text) for template in templates])
+        true = request.target_true
+        answer = target_ids(lm, true) if true is not None else [_first_choice(lm, prompts[0])]
+        rows = [prompt + answer[:n] for prompt in prompts for n in range(len(answer))]
+        for row in rows:
+            check_length(lm, row)
+    return _Job(request, rows, answer * len(prompts), answer)
+
+
+@torch.no_grad()
+def _first_choice(lm: LanguageModel, row: Sequence[int]) -> int:
+    logits = lm.logits(pad(lm, [row]), keep=1)[0, -1, : len(lm.tokenizer)]  # rows added for alignment have no token
+    return int(logits.argmax())
+
+
+def _edits_at_once(lm: LanguageModel, jobs: Sequence[_Job], n_steps: int) -> int:
+    n_rows = max((len(job.rows) for job in jobs), default=1)
+    longest = max((len(row) for job in jobs for row in job.rows), default=1)
+    run, earlier = (1, longest) if can_replay(lm) else (longest, 0)
+    one = Footprint(run, earlier, lm.n_layers, 1, backward=True).bytes(lm)
+    return budget(lm.device) // (n_rows * n_steps * one)
+
+
+def _neurons(
+    attribution: Float[Tensor, "prompt layer d_mlp"], parameters: KnowledgeNeuronParameters
+) -> list[tuple[int, int]]:
+    """(layer, index) of the neurons that enough prompts have in common, or else of the strongest."""
+    largest = attribution.flatten(1).max(1).values[:, None, None]
+    counts = (attribution > parameters.adaptive_threshold * largest).sum(0)
+    found = (counts > parameters.p * len(attribution)).nonzero().tolist()
+    if not found:
+        found = [divmod(int(attribution.mean(0).argmax()), attribution.shape[2])]
+    return [(layer, index) for layer, index in found]
+
+
+def _edit(
+    lm: LanguageModel,
+    job: _Job,
+    attribution: Float[Tensor, "prompt layer d_mlp"],
+    parameters: KnowledgeNeuronParameters,
+) -> Edit:
+    neurons = _neurons(attribution, parameters)
+    embedding = lm.model.get_input_embeddings().weight
+    new, old = (widened(embedding[ids]).sum(0) for ids in (target_ids(lm, job.request.target_new), job.answer))
+    change = parameters.factor * (new - old)  # of each neuron's column, so that a layer's update is of rank one
+    deltas = {}
+    for layer in sorted({layer for layer, _ in neurons}):
+        right = change.new_zeros(1, lm.d_mlp)
+        right[0, [index for of_layer, index in neurons if of_layer == layer]] = 1
+        deltas[lm.weight_name(layer)] = LowRank(left=change[:, None].clone(), right=right)
+    info = {
+        "n_neurons": len(neurons),
+        "neurons": ", ".join(f"{layer}:{index}" for layer, index in neurons),
+        "update_norm": float(change.norm()) * len(neurons) ** 0.5,
+        "answer": lm.tokenizer.decode(job.answer).strip(),
+        "subject_kind": subject_kind(lm, job.request),
+    }
+    return Edit(deltas, (job.request,), "kn", asdict(parameters), info)
