@@ -2,20 +2,26 @@
 
 with applied(lm, edit):
     ...                              # lm.model is the edited model here
+
+Edits that shall stay until they are taken back are the ledger's (`lm.apply`, `lm.undo`; nbkit/ledger.py).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nbkit.errors import ModelError
-from nbkit.models import LanguageModel
 from nbkit.requests import EditRequest
+
+if TYPE_CHECKING:
+    from nbkit.models import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +37,11 @@ class LowRank:
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         return self.left @ self.right
+
+    def norm(self) -> float:
+        """‖left @ right‖_F in float64, without the product."""
+        left, right = (torch.linalg.qr(part.double()).R for part in (self.left, self.right.T))
+        return float((left @ right.T).norm())
 
     def to(self, device: torch.device | str) -> "LowRank":
         return LowRank(self.left.to(device), self.right.to(device))
@@ -48,6 +59,10 @@ class Dense:
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         return self.matrix
+
+    def norm(self) -> float:
+        """‖matrix‖_F in float64."""
+        return float(self.matrix.double().norm())
 
     def to(self, device: torch.device | str) -> "Dense":
         return Dense(self.matrix.to(device))
@@ -73,9 +88,38 @@ class Edit:
         (request,) = self.requests
         return request
 
+    def norm(self) -> float:
+        """The Frobenius norm of the whole update, over all of its weights."""
+        return math.sqrt(sum(delta.norm() ** 2 for delta in self.deltas.values()))
+
+
+@dataclass(eq=False)
+class Overlay:
+    """Edits that lie in a model's weights, and the weights that they touch as they were below: one copy of each,
+    however many edits are added."""
+
+    edits: list[Edit] = field(default_factory=list)
+    below: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, lm: "LanguageModel", edit: Edit) -> None:
+        """Adds an edit to the weights. ModelError, before any changes, if it does not fit them."""
+        weights = {name: weight_of(lm, name, delta) for name, delta in edit.deltas.items()}
+        self.edits.append(edit)
+        for name, delta in edit.deltas.items():
+            weight = weights[name]
+            if name not in self.below:
+                self.below[name] = weight.detach().clone()
+            add_to(weight, delta, lm.architecture.transposed)
+
+    @torch.no_grad()
+    def restore(self, lm: "LanguageModel") -> None:
+        """Gives the weights every bit back that they had below."""
+        for name, before in self.below.items():
+            lm.model.get_parameter(name).copy_(before)
+
 
 @contextmanager
-def applied(lm: LanguageModel, edit: Edit) -> Iterator[LanguageModel]:
+def applied(lm: "LanguageModel", edit: Edit) -> Iterator["LanguageModel"]:
     """The weights carry `edit` inside the `with`; on leaving, also by an exception, each bit is what it was.
 
     Nests: the inner edit comes on top of the outer one and goes first. ModelError for a weight the model does not
@@ -87,35 +131,21 @@ def applied(lm: LanguageModel, edit: Edit) -> Iterator[LanguageModel]:
 
 
 @contextmanager
-def restoring(lm: LanguageModel) -> Iterator[Callable[[Edit], None]]:
+def restoring(lm: "LanguageModel") -> Iterator[Callable[[Edit], None]]:
     """Yields a function that adds an edit to the weights; may be called repeatedly. Leaving undoes all of them.
 
     Keeps one copy of each weight that is touched, however many edits are added.
     """
-    kept: dict[str, Tensor] = {}
-    n_before = lm.n_applied
-
-    def add(edit: Edit) -> None:
-        weights = {
-            name: weight_of(lm, name, delta) for name, delta in edit.deltas.items()
-        }  # all checked before any changes
-        lm.n_applied += 1
-        for name, delta in edit.deltas.items():
-            weight = weights[name]
-            if name not in kept:
-                kept[name] = weight.detach().clone()
-            _add(weight, delta, lm.architecture.transposed)
-
+    overlay = Overlay()
+    lm.overlays.append(overlay)
     try:
-        yield add
+        yield partial(overlay.add, lm)
     finally:
-        with torch.no_grad():
-            for name, before in kept.items():
-                lm.model.get_parameter(name).copy_(before)
-        lm.n_applied = n_before
+        overlay.restore(lm)
+        lm.overlays.remove(overlay)
 
 
-def weight_of(lm: LanguageModel, name: str, delta: LowRank | Dense) -> Tensor:
+def weight_of(lm: "LanguageModel", name: str, delta: LowRank | Dense) -> Tensor:
     """The weight that a delta is of; ModelError if the model has none of that name and shape, or not in memory."""
     try:
         weight = lm.model.get_parameter(name)
@@ -132,7 +162,8 @@ def weight_of(lm: LanguageModel, name: str, delta: LowRank | Dense) -> Tensor:
 
 
 @torch.no_grad()
-def _add(weight: Tensor, delta: LowRank | Dense, transposed: bool) -> None:
+def add_to(weight: Tensor, delta: LowRank | Dense, transposed: bool) -> None:
+    """Adds a delta to a weight as it is stored: (d_in, d_out) where the architecture is transposed."""
     update = delta.to(weight.device).dense()
     if transposed:
         update = update.T

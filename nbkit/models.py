@@ -3,6 +3,8 @@
     lm = load("miniworld-gpt2")          # an embedded model, a local folder, or a Hugging Face id
     lm.projection(3)                     # the module whose input is the key and whose output is the value, at layer 3
     lm.weight_name(3)                    # "transformer.h.3.mlp.c_proj.weight"
+    lm.apply(edit); lm.undo(); lm.history()
+    lm.save("edited-model")              # a checkpoint, edits included
 
 An architecture is a row of `ARCHITECTURES`, never a branch in the code.
 """
@@ -10,10 +12,12 @@ An architecture is a row of `ARCHITECTURES`, never a branch in the code.
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -21,7 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from nbkit import paths
-from nbkit.errors import ModelError
+from nbkit.edit_files import save_edits
+from nbkit.edits import Edit, Overlay
+from nbkit.errors import ModelError, ResultsError
+from nbkit.ledger import Ledger
 
 if TYPE_CHECKING:
     from nbkit.prompts import Batch
@@ -78,13 +85,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A causal model in evaluation mode without gradients, its fast tokenizer, and its row of `ARCHITECTURES`."""
+    """A causal model in evaluation mode without gradients, its fast tokenizer, and its row of `ARCHITECTURES`.
+
+    overlays: the edits that lie in the weights, lowest first: the ledger, then one for each open `with` of nbkit.edits.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     name: str
-    n_applied: int = 0  # edits that are in the weights right now; kept by nbkit.edits
+    overlays: list[Overlay] = field(default_factory=lambda: [Ledger()], repr=False)
     _hash: str | None = field(default=None, repr=False)
 
     @classmethod
@@ -132,12 +142,75 @@ class LanguageModel:
         return self.config.max_position_embeddings
 
     @property
+    def n_applied(self) -> int:
+        """How many edits are in the weights right now."""
+        return sum(len(overlay.edits) for overlay in self.overlays)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The edits of `apply`; those of a `with` are not among them."""
+        return self.overlays[0]
+
+    def apply(self, edit: Edit) -> None:
+        """Puts an edit into the weights, where it stays until `undo`; it is added on top of those that are there.
+
+        ModelError for an edit that does not fit the weights, and inside `with applied(...)` or a loop over
+        `edit_sequence`, whose end would take this edit away unseen. Both can be used on top of edits applied so.
+        """
+        self.ledger.apply(self, edit)
+
+    def undo(self, n: int = 1) -> list[Edit]:
+        """Takes the last n applied edits out of the weights and returns them, in the order in which they were applied.
+
+        Every bit is then what it was before them. ModelError if fewer than n are applied, and where `apply` is refused.
+        """
+        return self.ledger.undo(self, n)
+
+    def history(self) -> pd.DataFrame:
+        """The edits of `apply` that are in the weights, in order: method, n_requests, request (the first one's text),
+        target_new, weights, update_norm ‖ΔW‖_F."""
+        return self.ledger.history()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model as it is, edits included, with its tokenizer, for `load(folder)` or transformers.
+
+        If there are edits in the weights they stand by themselves in `nbkit_edits.safetensors` beside it
+        (`nbkit.load_edits`; of the unedited model, so they are not to be applied to this one).
+
+        ModelError for a folder with anything but a checkpoint of the same kind, which is overwritten, and for weights
+        that are NaN or infinite, which `load` would refuse. ResultsError if it cannot be written.
+        """
+        folder = Path(folder)
+        _check_folder(folder, self.model.config.model_type)
+        _check_finite(self.model, self.name, "such a model is not loaded again")
+        beside = folder / "nbkit_edits.safetensors"
+        edits = [edit for overlay in self.overlays for edit in overlay.edits]
+        config = vars(self.model.config)
+        kept = dict(config)  # save_pretrained notes dtype and class in it, which would change the hash
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise ResultsError(f"cannot write the model to {folder}: {error}") from error
+        finally:
+            config.clear()
+            config.update(kept)
+        if edits:
+            save_edits(edits, beside, self)
+
+    @property
     def hash(self) -> str:
         """sha256 over configuration and weights: names caches and result rows. Remembered while no edit is applied."""
-        if self.n_applied:
-            return _hash(self.model)
+        return _hash(self.model) if self.n_applied else self.base_hash
+
+    @property
+    def base_hash(self) -> str:
+        """The hash of the unedited model, whatever edits are in the weights."""
         if self._hash is None:
-            self._hash = _hash(self.model)
+            below = {name: weight for overlay in reversed(self.overlays) for name, weight in overlay.below.items()}
+            self._hash = _hash(self.model, below)
         return self._hash
 
     def logits(self, batch: "Batch", keep: torch.Tensor | int = 0) -> torch.Tensor:
@@ -240,9 +313,8 @@ def load(
         ) from error
     if report["missing_keys"]:
         raise ModelError(f"{name}: its files lack the weights {', '.join(sorted(report['missing_keys']))}")
-    for key, parameter in model.named_parameters():
-        if not parameter.is_meta and not parameter.isfinite().all():
-            raise ModelError(f"{name}: the weight {key} holds NaN or infinite values; the file is damaged")
+    _check_finite(model, name, "the file is damaged")
+    _align(model)
     lm = LanguageModel.wrap(model.to(device), tokenizer, name)
     _check_bos(lm, architecture)
     return lm
@@ -266,7 +338,36 @@ def _check_bos(lm: LanguageModel, architecture: Architecture) -> None:
         warnings.warn(f"the tokenizer of {lm.name} {habit}, unlike its family's ({lm.config.model_type})", stacklevel=3)
 
 
-def _hash(model: PreTrainedModel) -> str:
+def _check_finite(model: PreTrainedModel, name: str, therefore: str) -> None:
+    for key, parameter in model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise ModelError(f"{name}: the weight {key} holds NaN or infinite values; {therefore}")
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Moves weights to where the allocator would put them. A file's are mapped as they lie in it, and a product of
+    matrices differs in its last bit with their alignment: a saved model would differ from its copy in memory."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+
+
+def _check_folder(folder: Path, model_type: str) -> None:
+    """ModelError unless a checkpoint of this kind may be written there: nothing else is overwritten."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != model_type:
+        what = f"holds a model of another kind ({found})" if found else "is there already and holds no model"
+        raise ModelError(f"{folder} {what}; save this {model_type} model to a new folder")
+
+
+def _hash(model: PreTrainedModel, instead: Mapping[str, torch.Tensor] | None = None) -> str:
+    """instead: {weight name: weight} to take for those in the model."""
+    place = {model.get_parameter(name).data_ptr(): weight for name, weight in (instead or {}).items()}
     config = {
         key: value
         for key, value in model.config.to_dict().items()
@@ -274,6 +375,7 @@ def _hash(model: PreTrainedModel) -> str:
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
+        tensor = place.get(tensor.data_ptr(), tensor)
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
