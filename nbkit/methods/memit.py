@@ -123,7 +123,7 @@ def _edit(lm: LanguageModel, requests: Sequence[EditRequest], targets: Sequence[
             add(Edit({lm.weight_name(layer): delta}))
     optimised = [target.found for target in targets]
     info = {
-        "update_norm": sum(delta.dense().double().square().sum().item() for delta in deltas.values()) ** 0.5,
+        "update_norm": Edit(deltas).norm(),
         "residual_norm": residual_norm,
         "target_probability": sum(value.target_probability for value in optimised) / len(optimised),
         "layers": ", ".join(map(str, layers)),

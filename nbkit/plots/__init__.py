@@ -10,6 +10,7 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 
 from nbkit.plots.edits import loss_curve, template_similarity, top_tokens
 from nbkit.plots.keys import denominators, embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
+from nbkit.plots.methods import method_scores, perplexity_by_method
 from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips, risk_roc
 from nbkit.plots.sequences import sequential_curves
 from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
@@ -25,8 +26,10 @@ __all__ = [
     "embedding_scatter",
     "label_panels",
     "loss_curve",
+    "method_scores",
     "norm_histogram",
     "paper_style",
+    "perplexity_by_method",
     "perplexity_per_edit",
     "perplexity_strips",
     "perplexity_vs_task",

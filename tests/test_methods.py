@@ -1,0 +1,97 @@
+"""What holds of every method: the verbs, the table of hyper-parameters, and what an edit does to a model."""
+
+import dataclasses
+import tomllib
+
+import pytest
+import torch
+
+from nbkit import methods
+from nbkit.edits import applied
+from nbkit.errors import MethodError
+from nbkit.methods import METHODS, edit, edit_batch, edit_sequence
+from nbkit.metrics import score_targets
+
+# Hyper-parameters that a tiny random model needs, whose weights are large and whose losses are rough.
+OPTIONS = {
+    "ft": {"layers": [1], "objective": "target", "lr": 1e-2},
+    "kn": {"n_steps": 4},
+    "rome": {"layer": 1},
+    "memit": {"layers": [0, 1], "second_moment_weight": 1e-3, "clamp_norm_factor": 4.0},
+    "emmet": {"layers": [1], "second_moment_weight": 1e-3, "clamp_norm_factor": 4.0},
+    "alphaedit": {"layers": [0, 1], "norm_weight": 1e-3, "nullspace_threshold": 10.0, "clamp_norm_factor": 4.0},
+}
+BATCHES = [name for name, method in METHODS.items() if method.together and name in OPTIONS]
+
+
+def tables() -> dict:
+    return tomllib.loads(methods.HPARAMS.read_text())
+
+
+def arguments(lm, method: str) -> dict:
+    moments = {layer: torch.eye(lm.d_mlp, dtype=torch.float64) for layer in range(lm.n_layers)}
+    return {"method": method, "second_moment": moments if METHODS[method].needs_second_moment else None,
+            **OPTIONS[method]}  # fmt: skip
+
+
+def probability(lm, request) -> float:
+    return float(torch.tensor(-score_targets(lm, [request.text], [request.target_new])["nll"].iloc[0]).exp())
+
+
+def test_every_method_has_its_table():
+    assert set(tables()) == set(METHODS)
+
+
+def test_every_table_says_where_its_numbers_are_from_and_names_hyper_parameters_only():
+    for method, table in tables().items():
+        known = {field.name for field in dataclasses.fields(METHODS[method].parameters)}
+        for part in [table, *(value for value in table.values() if isinstance(value, dict))]:
+            assert part["source"].strip(), method
+            names = {name for name, value in part.items() if not isinstance(value, dict)}
+            assert names - {"source"} <= known, method
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_an_edit_says_the_target_and_leaves_nothing_behind(lm, requests, contexts, method):
+    before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
+    for request in requests[:2]:
+        if method == "kn" and lm.model.get_input_embeddings().weight.shape[1] != lm.d_model:
+            with pytest.raises(MethodError):
+                edit(lm, request, context_templates=contexts, **arguments(lm, method))
+            continue
+        (made,) = edit(lm, request, context_templates=contexts, **arguments(lm, method))
+        assert made.requests == (request,) and made.method == method
+        old = probability(lm, request)
+        with applied(lm, made):
+            changed = {name for name, weight in lm.model.named_parameters() if not torch.equal(weight, before[name])}
+            assert changed == set(made.deltas)
+            if method != "kn":  # which writes embeddings, that a random model's head does not read
+                assert probability(lm, request) > old
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.model.named_parameters())
+
+
+@pytest.mark.parametrize("method", BATCHES)
+def test_a_batch_is_one_edit_of_all_and_a_sequence_may_be_of_batches(tiny, requests, contexts, method):
+    before = {name: weight.clone() for name, weight in tiny.model.named_parameters()}
+    one = edit_batch(tiny, requests, context_templates=contexts, progress=False, **arguments(tiny, method))
+    assert one.requests == tuple(requests)
+    steps = list(edit_sequence(tiny, requests, context_templates=contexts, per_step=2, **arguments(tiny, method)))
+    assert [step.requests for step in steps] == [tuple(requests[:2]), tuple(requests[2:])]
+    assert [step.edit.requests for step in steps] == [tuple(requests[:2]), tuple(requests[2:])]
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.together])
+def test_what_makes_no_batches_says_what_does(tiny, requests, method):
+    with pytest.raises(MethodError, match=f"{method} makes one edit of one request.*or one of ft, mend, memit, emmet"):
+        edit_batch(tiny, requests, method)
+    with pytest.raises(MethodError, match=f"{method} makes one edit of one request"):
+        edit_sequence(tiny, requests, method, per_step=2)
+
+
+def test_unknown_hyper_parameters_and_methods_are_refused_by_every_verb(tiny, requests):
+    for verb in (edit, edit_batch, edit_sequence):
+        with pytest.raises(MethodError, match="unknown method 'memmit'; known: ft, kn, mend, rome, memit"):
+            verb(tiny, requests, method="memmit")
+        with pytest.raises(MethodError, match="memit has no hyper-parameter lambda_"):
+            verb(tiny, requests, method="memit", lambda_=3.0)
