@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import cache, cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class _Setting:
             "context_templates": self.given_templates,
             "second_moment": None if second_moment is None else digest(second_moment),
         }
+        read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
+        if read:
+            self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]
 
     def study(self, name: str, data: dict[str, Any], **parameters) -> Study:
         """The stored study of these data and parameters, and those of the method."""

@@ -45,6 +45,21 @@ def strips_frame():
     return pd.concat([single_frame().assign(key_mode="ROME"), c_rome])
 
 
+def methods_frame():
+    """Three methods; the last has no paraphrases to be asked, and one edit of it leaves nothing."""
+    frames = []
+    for number, name in enumerate(["FT-M", "ROME", "KN"]):
+        frame = single_frame().assign(variant=name, efficacy=1.0, paraphrase=np.linspace(0.2, 1, 9) / (number + 1))
+        frames.append(frame.assign(neighborhood=0.8 if number < 2 else np.nan))
+    return pd.concat(frames)
+
+
+def methods_panels(axes):
+    plots.method_scores(methods_frame(), axes[0])
+    plots.perplexity_by_method(methods_frame(), axes[1])
+    plots.label_panels(axes)
+
+
 def task_frame(*names):
     n = 12
     perplexity = [15.4, *np.geomspace(16, 1e5, n - 3), math.inf, math.nan]
@@ -174,6 +189,7 @@ FIGURES = {
     "cost_growth": (lambda ax: plots.cost_growth(growth_frame(), ax), 2.2, {}),
     "memory_growth": (lambda ax: plots.cost_growth(growth_frame(), ax, y="peak_memory"), 2.2, {}),
     "throughput": (throughput_panels, 4.6, {"nrows": 2, "ncols": 2}),
+    "methods": (methods_panels, 1.9, {"ncols": 2, "sharey": True}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 

@@ -12,7 +12,7 @@ from conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS
 
 from nbkit import shapes, throughput
 from nbkit.edits import Edit, LowRank, applied
-from nbkit.errors import ModelError, NbkitError
+from nbkit.errors import MethodError, ModelError, NbkitError
 from nbkit.memory import free_memory
 from nbkit.methods import values
 from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity
@@ -305,3 +305,19 @@ def test_a_shape_is_measured_whole(precision, monkeypatch, asked, contexts, text
     (summary,) = throughput.by_shape(rows).to_dict("records")
     assert summary["model"] == "tiny" and all(math.isfinite(v) for v in summary.values() if not isinstance(v, str))
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_cost_of_a_method_is_per_edit(tiny, requests, contexts, monkeypatch):
+    found = throughput.cost(tiny, requests, method="rome", context_templates=contexts, layer=1, v_num_grad_steps=2)
+    assert found["seconds_per_edit"] > 0 and found["extra_memory"] >= 0
+    peaks = iter([(None, 0.0, 100), ([], 6.0, 130)])
+    monkeypatch.setattr(throughput, "measured", lambda function, device: next(peaks))
+    found = throughput.cost(tiny, requests, method="rome", context_templates=contexts, layer=1, v_num_grad_steps=2)
+    assert found == {"seconds_per_edit": 2.0, "extra_memory": 30.0}
+
+
+def test_a_workload_may_name_its_layer():
+    work = throughput.workload("gpt2-6x256@4", [], ["{}"], device="cpu")
+    assert work.hparams["layer"] == 4 and work.lm.name == "gpt2-6x256@4"
+    with pytest.raises(MethodError, match="behind the @ stands the number of a layer, not 'four'"):
+        throughput.workload("gpt2-6x256@four", [], ["{}"], device="cpu")

@@ -25,7 +25,7 @@ from nbkit.errors import MethodError, RequestError
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, knowledge_neurons_each
 from nbkit.methods.memit import MemitParameters, memit_each, memit_together
-from nbkit.methods.mend import MendParameters, mend_each, mend_together
+from nbkit.methods.mend import MendParameters, mend_each, mend_files, mend_together
 from nbkit.methods.method import MEMIT_TEMPLATES, ROME_TEMPLATES, Method, Setting
 from nbkit.methods.rome import RomeParameters, rome
 from nbkit.models import LanguageModel
@@ -38,7 +38,7 @@ SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | 
 METHODS: dict[str, Method] = {
     "ft": Method(FinetuneParameters, finetune_each, finetune_together),
     "kn": Method(KnowledgeNeuronParameters, knowledge_neurons_each),
-    "mend": Method(MendParameters, mend_each, mend_together),
+    "mend": Method(MendParameters, mend_each, mend_together, files=mend_files),
     "rome": Method(RomeParameters, rome, template_lengths=ROME_TEMPLATES),
     **{
         name: Method(MemitParameters, memit_each, memit_together, True, MEMIT_TEMPLATES)

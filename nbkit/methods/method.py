@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from nbkit.edits import Edit
 from nbkit.models import LanguageModel
@@ -34,8 +33,9 @@ class Method:
 
     each: (lm, requests, setting) -> one Edit a request, all of the model as it is. together: the same arguments, one
     Edit that carries all requests; None for a method that cannot. Neither changes the model.
-    template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty for
-    a method that uses none.
+    files: (lm, parameters) -> the files that its numbers depend on besides the model's, which name stored results too.
+    template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty
+    for a method that uses none.
     """
 
     parameters: type
@@ -43,15 +43,4 @@ class Method:
     together: Callable[[LanguageModel, Sequence[EditRequest], Setting], Edit] | None = None
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
-
-
-def one_by_one(
-    together: Callable[[LanguageModel, Sequence[EditRequest], Setting], Edit], name: str
-) -> Callable[[LanguageModel, Sequence[EditRequest], Setting], list[Edit]]:
-    """`each` for a method whose edit of one request is a batch of one."""
-
-    def each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
-        bar = tqdm(requests, desc=name, unit="edit", disable=not setting.progress)
-        return [together(lm, [request], setting) for request in bar]
-
-    return each
+    files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
