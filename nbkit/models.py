@@ -11,6 +11,8 @@ An architecture is a row of `ARCHITECTURES`, never a branch in the code.
 
 import hashlib
 import json
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -183,22 +185,29 @@ class LanguageModel:
         folder = Path(folder)
         _check_folder(folder, self.model.config.model_type)
         _check_finite(self.model, self.name, "such a model is not loaded again")
-        beside = folder / "nbkit_edits.safetensors"
         edits = [edit for overlay in self.overlays for edit in overlay.edits]
         config = vars(self.model.config)
         kept = dict(config)  # save_pretrained notes dtype and class in it, which would change the hash
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            beside.unlink(missing_ok=True)
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+                new = Path(temporary)
+                self.model.save_pretrained(new)
+                self.tokenizer.save_pretrained(new)
+                if edits:
+                    save_edits(edits, new / "nbkit_edits.safetensors", self)
+                # Moved, not written over: a model in memory may be mapped from the old file, and goes on reading it.
+                for old in folder.glob("*.safetensors*"):
+                    old.unlink()
+                for path in list(new.iterdir()):
+                    if (folder / path.name).is_dir():
+                        shutil.rmtree(folder / path.name)
+                    path.replace(folder / path.name)
         except (OSError, SafetensorError) as error:
             raise ResultsError(f"cannot write the model to {folder}: {error}") from error
         finally:
             config.clear()
             config.update(kept)
-        if edits:
-            save_edits(edits, beside, self)
 
     @property
     def hash(self) -> str:
@@ -353,8 +362,8 @@ def _align(model: PreTrainedModel) -> None:
 
 
 def _check_folder(folder: Path, model_type: str) -> None:
-    """ModelError unless a checkpoint of this kind may be written there: nothing else is overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """ModelError unless a checkpoint of this kind may be written there; hidden files do not matter."""
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

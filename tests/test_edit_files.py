@@ -287,3 +287,32 @@ def test_a_place_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((ResultsError, ModelError)):
         tiny.save(tmp_path / "file" / "model")
+
+
+def test_a_model_that_was_loaded_from_the_folder_stays_what_it_was(make_lm, tmp_path):
+    lm = make_lm("llama", dtype=torch.float32)
+    lm.save(tmp_path)
+    loaded = load(tmp_path, device="cpu")
+    before = logits(loaded).clone()
+    lm.apply(Edit({lm.weight_name(1): low_rank()}))
+    lm.save(tmp_path)
+    assert torch.equal(logits(loaded), before)
+    loaded.apply(Edit({lm.weight_name(2): low_rank()}))
+    loaded.save(tmp_path)  # where its own weights came from
+    assert torch.equal(logits(load(tmp_path, device="cpu")), logits(loaded))
+
+
+def test_a_save_that_breaks_off_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    clean = tiny.hash
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tiny.tokenizer), "save_pretrained", full)
+    tiny.apply(Edit({tiny.weight_name(1): low_rank()}))
+    with pytest.raises(ResultsError, match="cannot write the model to .*No space left on device"):
+        tiny.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert tiny.base_hash == clean
