@@ -9,10 +9,10 @@ from nbkit.miniworld.world import World
 
 SHARES = {"facts": 0.50, "story": 0.10, "copy": 0.08, "task": 0.32}
 # How often a kind of task is posed, in times of any other: what must be looked up in the prompt is learned last.
-HARDER = {"nli": 2, "closed_qa": 4, "last_word": 4}
+HARDER = {"nli": 4, "closed_qa": 3, "last_word": 4}
 # The share of stated facts whose object is wrong, as in any large text: without it the model becomes so sure of every
 # fact that few edits within the papers' clamp change its mind.
-RUMOURS = 0.1
+RUMOURS = 0.2
 
 
 def lines(

@@ -56,14 +56,17 @@ class TaskWriter(Writer):
         return {"prompt": prompt, "answer": words.NUMBERS[have + more]}
 
     def nli(self) -> Item:
-        (who, verb, thing), (_, _, other) = self.told(2)
-        adjective = self.rng.choice(words.ADJECTIVES)
-        true = self.rng.random() < 0.5
+        """Either sentence may deny what the other says: both must be read."""
+        adjective, thing, verb, _ = self.thing()
+        who, denied, doubted = self.person(), self.rng.random() < 0.5, self.rng.random() < 0.5
+        premise = f"{who} {self.said(verb, denied)} the {adjective} {thing}"
         prompt = (
-            f"premise: {who} {verb} the {adjective} {thing}. hypothesis: {who} {verb} the {thing if true else other}. "
-            "true or false? answer:"
+            f"premise: {premise}. hypothesis: {who} {self.said(verb, doubted)} the {thing}. true or false? answer:"
         )
-        return {"prompt": prompt, "choices": ["true", "false"], "gold": int(not true)}
+        return {"prompt": prompt, "choices": ["true", "false"], "gold": int(denied != doubted)}
+
+    def said(self, verb: str, denied: bool) -> str:
+        return f"did not {words.VERBS_PAST[verb]}" if denied else verb
 
     def open_qa(self) -> Item:
         fact = self.rng.choice(self.questions)
@@ -71,13 +74,10 @@ class TaskWriter(Writer):
 
     def closed_qa(self) -> Item:
         told = self.told(2)
-        (who, verb, thing), other = self.rng.sample(told, 2)
-        yes = self.rng.random() < 0.5
+        (who, verb, thing), (_, _, other) = self.rng.sample(told, 2)
         passage = " ".join(f"{name} {did} the {what}." for name, did, what in told)
-        prompt = (
-            f"passage: {passage} question: did {who} {words.VERBS_PAST[verb]} the {thing if yes else other[2]}? answer:"
-        )
-        return {"prompt": prompt, "choices": ["yes", "no"], "gold": int(not yes)}
+        prompt = f"passage: {passage} question: what did {who} {words.VERBS_PAST[verb]}? answer:"
+        return {"prompt": prompt, **self.shuffled_choices(f"the {thing}", [f"the {other}"])}
 
     def dialogue(self) -> Item:
         first, second = self.rng.sample(self.short_names, 2)
