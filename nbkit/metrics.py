@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit.edited import edited_logits, plain_logits
@@ -25,6 +27,7 @@ from nbkit.prompts import check_length, target_ids, tokenize
 from nbkit.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
+ROWS_IN_CACHE = 64  # of logits
 EDITS_AT_ONCE = 256  # whose token scores are kept at a time; how many run together is for memory to say
 
 
@@ -127,12 +130,20 @@ def _token_scores(
         places = torch.tensor([start + i for pair, start in asked for i in range(len(targets[pair]))])
         tokens = torch.tensor([token for pair, _ in asked for token in targets[pair]])
         logits = widened(logits)
-        log_probabilities = logits.log_softmax(-1)[places.to(lm.device), tokens.to(lm.device)].double().cpu().numpy()
+        places_there = places.to(lm.device)
+        log_probabilities = logits[places_there, tokens.to(lm.device)] - _log_normaliser(logits)[places_there]
+        log_probabilities = log_probabilities.double().cpu().numpy()
         choices = logits.argmax(-1).cpu().numpy()[places.numpy()] if choose else np.empty(len(places), int)
         ends = np.cumsum([len(targets[pair]) for pair, _ in asked])[:-1]
         parts = zip(asked, np.split(log_probabilities, ends), np.split(choices, ends), strict=True)
         scores |= {pair: _Scores(values, tuple(chosen.tolist())) for (pair, _), values, chosen in parts}
     return [scores[pair] for pair in range(len(targets))]
+
+
+def _log_normaliser(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
+    """log Σ exp of each row; on a CPU a few rows at a time, whose copies then stay in its cache."""
+    parts = logits.split(ROWS_IN_CACHE) if logits.device.type == "cpu" else [logits]
+    return torch.cat([part.logsumexp(-1) for part in parts])
 
 
 def score_targets(
