@@ -70,6 +70,42 @@ def figures(
     typer.echo(f"{len(found)} notebooks done; figures are in {paths.FIGURES}")
 
 
+@app.command()
+def train_mend(
+    model: Annotated[str, typer.Option(help="An embedded model, a local folder, or a Hugging Face id.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Edit requests to train on.", show_default="the embedded world's facts")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts that edits shall not change.", show_default="the embedded world's")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Requests whose facts are not trained on.", show_default="the embedded world's requests"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The hypernetwork.", show_default="where edits look for it")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for checkpoint and log.", show_default="runs/mend/")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the recipe's")] = None,
+    batch: Annotated[int | None, typer.Option(help="Edits a step.", show_default="the recipe's")] = None,
+    at_once: Annotated[int | None, typer.Option(help="Edits in one pass.", show_default="the recipe's")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the network.", show_default="the recipe's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is drawn.", show_default="the recipe's")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+):
+    """Train the network that the method mend edits with, going on where an interrupted training stopped."""
+    from nbkit import mend_training
+    from nbkit.models import load
+
+    given = {
+        "n_steps": steps, "batch": batch, "at_once": at_once, "rank": rank, "learning_rate": learning_rate, "seed": seed
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    lm = load(model, device, dtype)
+    typer.echo(mend_training.train_to_file(lm, data, texts, held_out, out, work, changes))
+
+
 def main():
     """Run the command line; a known error becomes one message and exit status 1."""
     try:

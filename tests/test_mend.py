@@ -1,0 +1,468 @@
+"""MEND: equal to the gradient and to a slow loop on every architecture; its training, and what its file refuses."""
+
+import json
+import math
+import sys
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nbkit import mend_training, paths
+from nbkit.__main__ import main
+from nbkit.edits import Dense, LowRank, applied
+from nbkit.errors import MethodError, NbkitError, PromptError, RequestError
+from nbkit.mend_training import MendRecipe, changes_of, not_among, train, train_to_file
+from nbkit.methods.mend import (
+    Hypernetwork,
+    MendParameters,
+    continuations,
+    load_hypernetwork,
+    mend_each,
+    mend_together,
+    mlp_weights,
+    save_hypernetwork,
+    token_gradients,
+    weights_path,
+)
+from nbkit.methods.method import Setting
+from nbkit.models import LanguageModel
+from nbkit.prompts import pad, target_ids, tokenize
+from nbkit.requests import EditRequest
+
+LAYERS = (1, 2)  # of three
+SHORT = MendRecipe(
+    n_last_layers=2, rank=4, n_steps=8, batch=2, at_once=2, learning_rate=1e-2, rate_learning_rate=0.3, decay=0.5,
+    locality_weight=0.01, text_tokens=8, n_normalising=4, n_validation=3, validate_every=3,
+)  # fmt: skip
+
+
+def hypernetwork(lm, seed: int | None = None) -> Hypernetwork:
+    """Of the last two layers: g is the identity, or all of it is random."""
+    shapes = {name: shape for layer in LAYERS for name, shape in mlp_weights(lm, layer).items()}
+    made = Hypernetwork(shapes, rank=4, first_rate=0.1)
+    generator = torch.Generator().manual_seed(seed or 0)
+    with torch.no_grad():
+        made.log_rate += torch.linspace(0, 1, len(shapes))  # each weight has its own
+        for tensor in made.transforms.state_dict().values() if seed is not None else ():
+            tensor.normal_(0, 0.3, generator=generator)
+        for transform in made.transforms.values() if seed is not None else ():
+            transform.std.abs_().add_(0.5)
+    return made
+
+
+def written(lm, folder, seed: int | None = None) -> Setting:
+    """What an edit gets: a hypernetwork of this model in a file."""
+    path = folder / "mend.safetensors"
+    save_hypernetwork(path, hypernetwork(lm, seed), lm)
+    return setting(path)
+
+
+def setting(path="", lr_scale: float = 1.0, batch_size: int | None = None) -> Setting:
+    return Setting(MendParameters(str(path), lr_scale), ["{}"], None, batch_size=batch_size)
+
+
+def plain_nll(lm, request) -> torch.Tensor:
+    """The mean negative log-likelihood of the target's tokens behind the prompt, without padding."""
+    (prompt,), target = tokenize(lm, [request.text]), target_ids(lm, request.target_new)
+    log_p = lm.model(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+    return -torch.stack([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(target)]).mean()
+
+
+def gradients(lm, names, loss) -> dict[str, torch.Tensor]:
+    """∂loss/∂W in orientation (d_out, d_in), by differentiating with respect to the weights themselves."""
+    weights = [lm.model.get_parameter(name).requires_grad_() for name in names]
+    try:
+        found = torch.autograd.grad(loss(), weights)
+    finally:
+        lm.model.requires_grad_(False)
+    return {name: g.T if lm.architecture.transposed else g for name, g in zip(names, found, strict=True)}
+
+
+def assert_close(found, expected, tolerance):
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < tolerance, float(error)
+
+
+@pytest.fixture
+def many() -> list[EditRequest]:
+    subjects = ("Vouda", "Ann", "Krela", "Sennifar", "Danielle Darrieux", "The river")
+    return [
+        EditRequest(prompt, subject, target, case_id=f"{subject} {relation}", relation_id=relation,
+                    paraphrase_prompts=(f"Therefore the {relation} of {subject} is",))
+        for subject in subjects
+        for relation, prompt, target in (("song", "{} plays the", "drum"), ("place", "{} is located in", "Krela"))
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def bits(tiny):
+    """Asserts at the end that the model is what it was, bit for bit, without hooks and gradients."""
+    before = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+    yield
+    for name, parameter in tiny.model.named_parameters():
+        assert torch.equal(parameter, before[name]) and not parameter.requires_grad, name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.model.modules())
+
+
+# --- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_all_matrices_of_the_mlp_are_edited(lm, kind):
+    found = mlp_weights(lm, 2)
+    gated = kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
+    assert len(found) == (3 if gated else 2) and list(found)[-1] == lm.weight_name(2)
+    assert found.pop(lm.weight_name(2)) == (lm.d_model, lm.d_mlp)
+    assert set(found.values()) == {(lm.d_mlp, lm.d_model)}
+
+
+def test_the_identity_makes_steps_along_the_gradient(lm, requests, tolerance, tmp_path):
+    given = written(lm, tmp_path)
+    rates = load_hypernetwork(lm, given.parameters.weights).log_rate.exp()
+    for request, found in zip(requests, mend_each(lm, requests, given), strict=True):
+        expected = gradients(lm, found.deltas, lambda request=request: plain_nll(lm, request))
+        for (name, delta), rate in zip(found.deltas.items(), rates, strict=True):
+            assert_close(delta.dense(), -rate * expected[name], 10 * tolerance)
+
+
+def test_a_batch_steps_along_the_gradient_of_the_mean_loss(lm, requests, tolerance, tmp_path):
+    given = written(lm, tmp_path)
+    rates = load_hypernetwork(lm, given.parameters.weights).log_rate.exp()
+    found = mend_together(lm, requests, given)
+    mean = gradients(lm, found.deltas, lambda: sum(plain_nll(lm, request) for request in requests) / len(requests))
+    for (name, delta), rate in zip(found.deltas.items(), rates, strict=True):
+        assert_close(delta.dense(), -rate * mean[name], 10 * tolerance)
+
+
+def test_a_random_network_equals_a_slow_loop(lm, requests, tolerance, tmp_path):
+    given = written(lm, tmp_path, seed=1)
+    network = load_hypernetwork(lm, given.parameters.weights)
+    request = requests[2]
+    (found,) = mend_each(lm, [request], given)
+    kept = {}
+    for name in found.deltas:
+        module = lm.model.get_submodule(name.removesuffix(".weight"))
+        module.weight.requires_grad_()  # so that its output has a gradient
+        module.register_forward_hook(lambda _m, args, out, name=name: kept.update({name: (args[0], out)}))
+    outputs = torch.autograd.grad(plain_nll(lm, request), [kept[name][1] for name in found.deltas])
+    for name, rate, gradient in zip(found.deltas, network.log_rate.exp(), outputs, strict=True):
+        transform, place = network.transform_of(name), network.place[name]
+        expected = torch.zeros(found.deltas[name].shape, dtype=torch.float64)
+        inputs = kept[name][0].detach().reshape(-1, kept[name][0].shape[-1])
+        for u, delta in zip(inputs, gradient.reshape(len(inputs), -1), strict=True):
+            if not delta.any():
+                continue
+            z = (torch.cat([u, delta]) - transform.mean) / transform.std
+            for n, last in ((0, False), (1, True)):
+                low_rank = transform.U[n].T @ (transform.V[n].T @ z) + transform.b[n]
+                step = transform.s[n, place] * low_rank + transform.o[n, place]
+                z = z + (step if last else torch.relu(step))
+            expected -= float(rate) * torch.outer(z[len(u) :], z[: len(u)])
+        assert_close(found.deltas[name].dense(), expected, 10 * tolerance)
+
+
+def test_only_tokens_with_a_gradient_give_to_an_edit(tiny, requests, tmp_path):
+    """In the last layer those before a target's token; below it, all that are read."""
+    for request, found in zip(requests, mend_each(tiny, requests, written(tiny, tmp_path, seed=1)), strict=True):
+        n_target = len(target_ids(tiny, request.target_new))
+        n_read = len(tokenize(tiny, [request.text])[0]) + n_target - 1
+        for layer, rank in ((1, n_read), (2, n_target)):
+            delta = found.deltas[tiny.weight_name(layer)]
+            assert (delta.left.shape, delta.right.shape) == ((32, rank), (rank, 48))
+        assert found.info["n_tokens"] == n_read
+
+
+def test_many_requests_give_the_same_as_each_alone(tiny, requests, tmp_path, bits):
+    given = written(tiny, tmp_path, seed=1)
+    together = mend_each(tiny, requests, given)
+    in_small_batches = mend_each(tiny, requests, replace(given, batch_size=2))
+    for request, found, small in zip(requests, together, in_small_batches, strict=True):
+        (alone,) = mend_each(tiny, [request], given)
+        one_batch = mend_together(tiny, [request], given)
+        assert found.request is request and found.method == "mend"
+        for name, delta in found.deltas.items():
+            for other in (alone, small, one_batch):
+                torch.testing.assert_close(delta.dense(), other.deltas[name].dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_is_low_rank_as_long_as_that_is_smaller(tiny, requests, tmp_path, bits):
+    given, requests = written(tiny, tmp_path, seed=1), requests * 2
+    found = mend_together(tiny, requests, given)
+    # 32·48 numbers are those of 19 tokens
+    assert isinstance(found.deltas[tiny.weight_name(1)], Dense)
+    assert isinstance(found.deltas[tiny.weight_name(2)], LowRank)
+    small = mend_together(tiny, requests, replace(given, batch_size=1))
+    for name, delta in found.deltas.items():
+        torch.testing.assert_close(delta.dense(), small.deltas[name].dense(), rtol=1e-10, atol=1e-12)
+    assert found.requests == tuple(requests)
+    assert found.info["subject_kind"] == ["one-token first", "one-token first", "later"] * 2
+    assert found.info["losses"][0][0] == pytest.approx(sum(float(plain_nll(tiny, r)) for r in requests) / 6)
+    assert found.info["update_norm"] == pytest.approx(found.norm())
+
+
+def test_the_numbers_in_info(tiny, requests, tmp_path, bits):
+    given = written(tiny, tmp_path, seed=1)
+    twice = mend_each(tiny, requests, setting(given.parameters.weights, lr_scale=2.0))
+    for request, found, doubled in zip(requests, mend_each(tiny, requests, given), twice, strict=True):
+        nll = float(plain_nll(tiny, request))
+        assert found.info["losses"] == [[pytest.approx(nll)]]
+        assert found.info["target_probability"] == pytest.approx(math.exp(-nll))
+        dense = [delta.dense().square().sum() for delta in found.deltas.values()]
+        assert found.info["update_norm"] == pytest.approx(float(sum(dense)) ** 0.5)
+        assert doubled.info["update_norm"] == pytest.approx(2 * found.info["update_norm"])
+        assert found.hparams == {"weights": given.parameters.weights, "lr_scale": 1.0}
+
+
+def test_an_edit_touches_its_weights_and_leaves_no_trace(tiny, requests, tmp_path, bits):
+    (found,) = mend_each(tiny, requests[:1], written(tiny, tmp_path, seed=1))
+    before = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+    with applied(tiny, found):
+        changed = {name for name, p in tiny.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(found.deltas) == {name for layer in LAYERS for name in mlp_weights(tiny, layer)}
+
+
+def test_a_sequence_takes_the_gradient_of_the_edited_model(tiny, requests, tmp_path, bits):
+    given = written(tiny, tmp_path)
+    (first,) = mend_each(tiny, requests[:1], given)
+    with applied(tiny, first):
+        (second,) = mend_each(tiny, requests[:1], given)
+        expected = float(plain_nll(tiny, requests[0]))
+    assert second.info["losses"][0][0] == pytest.approx(expected) != first.info["losses"][0][0]
+
+
+def test_a_prompt_beyond_the_context_names_its_request(tiny, tmp_path, bits):
+    long = EditRequest("Vouda " * 100 + "{} is", "Ann", "Krela", case_id=17)
+    with pytest.raises(PromptError, match=r"request 17 \(subject 'Ann'\).*more than the context of tiny-gpt2 \(96\)"):
+        mend_each(tiny, [long], written(tiny, tmp_path))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_hypernetwork_is_told_how_to_get_one(tiny, requests, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    assert weights_path("openai-community/gpt2-xl") == tmp_path / "mend/openai-community--gpt2-xl/mend.safetensors"
+    for path in ("", tmp_path / "nowhere"):
+        with pytest.raises(MethodError, match="no trained hypernetwork .* train-mend --model tiny-gpt2"):
+            mend_each(tiny, requests, setting(path))
+    save_hypernetwork(weights_path(tiny.name), hypernetwork(tiny), tiny)
+    assert len(mend_each(tiny, requests, setting())) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("gpt2", {"seed": 1}, "tiny-gpt2 had other weights"),
+        ("gpt2", {"n_inner": 40}, r"is \(40, 32\) here and \(48, 32\) in tiny-gpt2"),
+        ("llama", {}, "tiny-gpt2 has transformer.h.1.mlp.c_fc.weight"),
+    ],
+)
+def test_another_model_s_hypernetwork_is_refused(tiny, requests, make_lm, tmp_path, kind, config, message):
+    given = written(tiny, tmp_path)
+    with pytest.raises(MethodError, match=rf"trained for another model than tiny-{kind}: .*{message}.*train-mend"):
+        mend_each(make_lm(kind, **config), requests, given)
+
+
+def test_the_same_model_is_known_when_edited_and_in_another_number_type(tiny, requests, tmp_path):
+    given = written(tiny, tmp_path)
+    (first,) = mend_each(tiny, requests[:1], given)
+    with applied(tiny, first):
+        tiny._hash = None
+        assert load_hypernetwork(tiny, given.parameters.weights).shapes
+    coarse = LanguageModel.wrap(deepcopy(tiny.model).to(torch.bfloat16), tiny.tokenizer, "tiny-gpt2")
+    (found,) = mend_each(coarse, requests[:1], given)
+    for name, delta in found.deltas.items():
+        assert delta.left.dtype == torch.float32
+        assert_close(delta.dense(), first.deltas[name].dense(), 0.1)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", "cut", "other"])
+def test_a_damaged_file_is_named(tiny, requests, tmp_path, content):
+    given = written(tiny, tmp_path)
+    path = tmp_path / "mend.safetensors"
+    if content == "other":
+        save_file({"x": torch.ones(2)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if content == "cut" else content)
+    with pytest.raises(MethodError, match=r"mend\.safetensors is damaged, or no hypernetwork"):
+        mend_each(tiny, requests, given)
+
+
+def test_a_file_that_is_replaced_is_read_anew(tiny, requests, tmp_path):
+    given = written(tiny, tmp_path)
+    (first,) = mend_each(tiny, requests[:1], given)
+    written(tiny, tmp_path, seed=1)
+    (second,) = mend_each(tiny, requests[:1], given)
+    assert first.info["update_norm"] != second.info["update_norm"]
+
+
+@pytest.mark.parametrize("lr_scale", [0.0, -1.0, math.nan])
+def test_bad_parameters(lr_scale):
+    with pytest.raises(MethodError, match="lr_scale must be above 0"):
+        MendParameters("", lr_scale)
+
+
+# --- the training -----------------------------------------------------------------------------------------------------
+
+
+def test_the_edited_pass_of_training_equals_the_edited_model(lm, requests, texts, tolerance, tmp_path):
+    given = written(lm, tmp_path, seed=1)
+    network = load_hypernetwork(lm, given.parameters.weights)
+    asked = continuations(lm, [r.text for r in requests], [r.target_new for r in requests])
+    changes = changes_of(lm, network, token_gradients(lm, asked, network.modules_edited))
+    rows = tokenize(lm, texts[:2])
+    with changes.added(lm, network.modules_edited):
+        found = lm.logits(pad(lm, rows * len(requests))).unflatten(0, (len(requests), 2))
+    for logits, edit in zip(found, mend_each(lm, requests, given), strict=True):
+        with applied(lm, edit):
+            expected = lm.logits(batch := pad(lm, rows))
+        mask = batch.attention_mask.bool()
+        assert_close(logits[mask], expected[mask], 100 * tolerance)
+
+
+def test_gradients_reach_every_part_of_the_network(tiny, many, texts):
+    network = hypernetwork(tiny).double()
+    examples = mend_training.Examples(tiny, many, texts, 8).draw(3, mend_training.np.random.default_rng(0))
+    losses = mend_training.losses_of(tiny, network, examples)
+    losses.sum().backward()
+    for name, parameter in network.named_parameters():
+        part = name.split(".")[-1]
+        moves = parameter.grad.abs().sum() > 0
+        assert moves == (part not in ("V", "s")), name  # these two first move once U has
+    assert losses[1] > 0
+
+
+def test_mean_and_std_are_those_of_the_tokens_that_give(tiny, many):
+    network = hypernetwork(tiny).double()
+    mend_training.normalise(tiny, network, many, at_once=5)
+    asked = continuations(tiny, [r.text for r in many], [r.target_new for r in many])
+    found = token_gradients(tiny, asked, network.modules_edited)
+    for shape in set(network.shapes.values()):
+        names = [name for name in network.shapes if network.shapes[name] == shape]
+        x = torch.cat([torch.cat([found.u[n], found.delta[n]], -1)[found.gives[n]] for n in names])
+        transform = network.transform_of(names[0])
+        torch.testing.assert_close(transform.mean, x.mean(0))
+        torch.testing.assert_close(transform.std, x.std(0, correction=0))
+
+
+def test_training_lowers_the_loss_and_edits_work(tiny, many, texts, tmp_path, bits):
+    network = train(tiny, many, texts, replace(SHORT, n_steps=60, validate_every=15), tmp_path, progress=False)
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [0, 15, 30, 45, 60]
+    best = min(log, key=lambda record: record["validation_loss"])
+    assert best["validation_loss"] < 0.9 * log[0]["validation_loss"]
+    save_hypernetwork(tmp_path / "mend.safetensors", network, tiny)
+    for edit in mend_each(tiny, many[:3], setting(tmp_path / "mend.safetensors")):
+        with applied(tiny, edit):
+            assert float(plain_nll(tiny, edit.request)) < edit.info["losses"][0][0]
+
+
+def interrupt_at(monkeypatch, calls: int) -> None:
+    left, losses_of = iter(range(calls)), mend_training.losses_of
+
+    def interrupted(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return losses_of(*arguments)
+
+    monkeypatch.setattr(mend_training, "losses_of", interrupted)
+
+
+@pytest.mark.parametrize("calls", [3, 9, 13])  # before the first checkpoint; between two; after the second
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
+    tiny, many, texts, tmp_path, monkeypatch, calls, bits
+):
+    def log_of(folder):
+        records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+    whole = train(tiny, many, texts, SHORT, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patched, calls)
+        train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
+    resumed = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
+    for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert [record["step"] for record in log_of(tmp_path / "whole")] == [0, 3, 6, 8]
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 0)  # a finished training is not repeated
+        again = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
+    assert all(torch.equal(again.state_dict()[name], expected) for name, expected in whole.state_dict().items())
+
+
+def test_fewer_at_once_give_the_same(tiny, many, texts, tmp_path):
+    recipe = replace(SHORT, n_steps=2)
+    one = train(tiny, many, texts, recipe, tmp_path / "one", progress=False)
+    other = train(tiny, many, texts, replace(recipe, at_once=1), tmp_path / "other", progress=False)
+    for name, expected in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tiny, make_lm, many, texts, tmp_path):
+    def again(lm=tiny, recipe=SHORT, texts=texts):
+        return train(lm, many, texts, recipe, tmp_path, progress=False)
+
+    again()
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another training \(of other recipe\)"):
+        again(recipe=replace(SHORT, seed=1))
+    with pytest.raises(NbkitError, match=r"of other model\)"):
+        again(lm=make_lm("gpt2", seed=1))
+    with pytest.raises(NbkitError, match=r"of other data\)"):
+        again(texts=texts[:1])
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is damaged .* delete it"):
+        again()
+
+
+def test_too_few_requests_and_bad_recipes(tiny, many, texts, tmp_path):
+    with pytest.raises(RequestError, match="3 requests are too few to hold out 3"):
+        train(tiny, many[:3], texts, SHORT, tmp_path)
+    for name in ("batch", "learning_rate", "rank"):
+        with pytest.raises(MethodError, match=f"{name} must be"):
+            replace(SHORT, **{name: 0})
+
+
+def test_facts_that_are_held_out_are_known_by_relation_and_by_prompt(many):
+    other_words = replace(many[0], prompt="At home, {} plays the", paraphrase_prompts=())
+    assert not_among(many, [other_words]) == many[1:]
+    nameless = replace(many[3], relation_id=None, target_new="boats")
+    assert not_among(many, [nameless]) == [*many[:3], *many[4:]]
+    assert not_among(many, []) == many
+
+
+def test_neighbours_of_a_request_are_what_should_not_change(tiny, requests):
+    request = replace(requests[0], neighborhood_prompts=("Ann plays the",), neighborhood_targets=("the harp",))
+    examples = mend_training.Examples(tiny, [request], [], 8)
+    (example,) = examples.draw(5, mend_training.np.random.default_rng(0))
+    ((row, kept),) = example.unchanged
+    target = target_ids(tiny, "the harp")
+    assert row == tokenize(tiny, ["Ann plays the"])[0] + target[:-1] and len(kept) == len(target)
+
+
+def test_training_from_files(tiny, many, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(mend_training, "PUBLISHED", SHORT)
+    data, held_out, lines = tmp_path / "data.json", tmp_path / "held_out.json", tmp_path / "texts.txt"
+    for path, some in ((data, many), (held_out, many[:2])):
+        fields = ("prompt", "subject", "target_new", "relation_id", "paraphrase_prompts")
+        path.write_text(json.dumps([{name: getattr(request, name) for name in fields} for request in some]))
+    lines.write_text("\n".join(texts))
+    seen = []
+    monkeypatch.setattr(mend_training, "train", lambda lm, requests, *rest: seen.append(requests) or train(
+        lm, requests, *rest, progress=False))  # fmt: skip
+    out = train_to_file(tiny, data, lines, held_out, changes={"n_steps": 2})
+    assert out == weights_path(tiny.name) and (out.parent / "mend_training_log.jsonl").is_file()
+    assert [request.subject for request in seen[0]] == [request.subject for request in many[2:]]
+    assert len(mend_each(tiny, many, setting())) == len(many)
+
+
+def test_the_command_wants_data_for_a_model_that_is_not_embedded(tiny, tmp_path, monkeypatch):
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["nbkit", "train-mend", "--model", str(tmp_path / "model"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="is no embedded model: give it a file of requests"):
+        main()
