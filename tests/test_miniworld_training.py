@@ -1,5 +1,6 @@
 """The training recipe, and the model that it made and that the project ships."""
 
+import dataclasses
 import json
 import random
 from collections import defaultdict
@@ -23,7 +24,7 @@ from nbkit.miniworld.train import Recipe, Shard, build_model, schedule, ship, tr
 from nbkit.prompts import subject_kind
 
 TINY = Recipe(
-    n_layers=2, d_model=32, n_heads=2, window=16, batch=4, n_steps=8, rehearsal=4, warmup=3,
+    n_layers=2, d_model=32, n_heads=2, window=16, batch=4, n_steps=4, rehearsal=4, revision=4, warmup=3,
     shard_lines=200, shard_steps=8,
 )  # fmt: skip
 SHIPPED = paths.DATA / "models" / "miniworld-gpt2"
@@ -117,12 +118,13 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(world, world_tokenizer, t
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    recipe = Recipe(n_steps=100, rehearsal=10, warmup=10, decay=0.25)
-    rates = [schedule(recipe, step) for step in range(110)]
+    recipe = Recipe(n_steps=100, rehearsal=10, revision=20, warmup=10, decay=0.25)
+    rates = [schedule(recipe, step) for step in range(130)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[9:76] == [1.0] * 67
     assert rates[75:100] == pytest.approx([step / 25 for step in range(25, 0, -1)])
-    assert rates[100:] == pytest.approx([step / 20 for step in range(10, 0, -1)])
+    assert rates[100:110] == pytest.approx([step / 20 for step in range(10, 0, -1)])
+    assert rates[110:] == pytest.approx([step / 40 for step in range(20, 0, -1)])
 
 
 def test_windows_open_as_the_recipe_says(shard):
@@ -174,8 +176,9 @@ def test_windows_depend_on_seed_and_step_only(shard, world, world_tokenizer):
     again = Shard(shard.recipe, world, world_tokenizer, frozenset(), 0)
     assert torch.equal(again.windows(3), shard.windows(3))
     assert not torch.equal(shard.windows(3), shard.windows(4))
-    other = Shard(shard.recipe, world, world_tokenizer, frozenset(), 1)
-    assert not np.array_equal(other.ids[:1000], shard.ids[:1000])
+    for step in (shard.recipe.shard_steps, shard.recipe.revised_from):
+        other = Shard(shard.recipe, world, world_tokenizer, frozenset(), step)
+        assert not np.array_equal(other.ids[:1000], shard.ids[:1000])
 
 
 def test_a_shipped_folder_is_float16_and_loads(world_tokenizer, tmp_path):
@@ -254,3 +257,18 @@ def test_the_shipped_model_breaks_where_it_should(shipped):
     assert (ratios[first] >= 10).mean() >= 1 / 3 and (ratios[~first] < 1.1).all()
     consistent = nbkit.edit(shipped, requests, key_mode="prefixed")
     assert (nbkit.perplexity(shipped, texts, edits=consistent) < 2 * nbkit.perplexity(shipped, texts)).all()
+
+
+def test_a_shipped_model_computes_what_it_did_in_other_units(world_tokenizer, tmp_path):
+    """Half as long values, and the same logits but for the epsilon of the norms."""
+    recipe = dataclasses.replace(TINY, first_scale=1.0)
+    model, tokens = build_model(recipe, world_tokenizer).eval(), torch.arange(10, 18)[None]
+    seen = []
+    hook = model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _module, _args, value: seen.append(value))
+    with torch.no_grad():
+        before = model(tokens).logits
+        training.rescale_residual(model, 0.5)
+        after = model(tokens).logits
+    hook.remove()
+    torch.testing.assert_close(after, before, rtol=0, atol=0.01 * before.abs().max().item())
+    torch.testing.assert_close(seen[1], seen[0] / 2, rtol=0, atol=0.01 * seen[0].abs().max().item())

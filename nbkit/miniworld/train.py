@@ -6,7 +6,8 @@ does not become so by itself within minutes, so its training helps; the editing 
 
 1. Position 0's embedding starts `first_scale` times as long as the others', so that the token there changes little.
 2. Most windows start in the middle of the text, many of them with a random token; some (`opening`) start with a line,
-   as a prompt does, so that a subject at position 0 is known all the same; at the end, in a rehearsal, most do.
+   as a prompt does, so that a subject at position 0 is known all the same; at the end, in a rehearsal and a revision
+   with fewer wrong facts, most do.
 3. A term of the loss (`apart`) keeps the keys of position 0 from those of later positions: see `first_key_penalty`.
 
 Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of
@@ -49,8 +50,11 @@ class Recipe:
     learning_rate: float = 3e-3  # of AdamW, at its peak
     weight_decay: float = 0.1  # of the matrices
     rehearsal: int = 1_500  # steps after those, at half the peak rate, falling to zero
+    revision: int = 2_000  # steps after those, once more from half the peak rate to zero
     opening: float = 0.3  # share of windows that start where a line does
-    rehearsal_opening: float = 0.7  # the same in the rehearsal
+    rehearsal_opening: float = 0.7  # the same in rehearsal and revision
+    rumours: float = 0.2  # share of stated facts that are wrong: see corpus.lines
+    revision_rumours: float = 0.1  # the same in the revision
     random_first: float = 0.5  # share of the other windows whose first token is replaced by a random one
     first_scale: float = 20.0  # length of position 0's embedding in lengths of another's, at the start
     apart: float = 1.0  # weight of `first_key_penalty`
@@ -64,16 +68,24 @@ class Recipe:
 
     @property
     def all_steps(self) -> int:
+        return self.n_steps + self.rehearsal + self.revision
+
+    @property
+    def revised_from(self) -> int:
+        """The first step of the revision."""
         return self.n_steps + self.rehearsal
 
 
 class Shard:
-    """Encoded training lines, and windows cut out of them."""
+    """Encoded training lines that a step, and some after it, is trained on, and windows cut out of them."""
 
     def __init__(
-        self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], number: int
+        self, recipe: Recipe, world: World, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[str], step: int
     ):
-        text = lines(world, recipe.seed + 1000 + number, held_out, recipe.broken_off)
+        revised = step >= recipe.revised_from
+        seed = recipe.seed + 1000 + step // recipe.shard_steps + (500 if revised else 0)
+        rumours = recipe.revision_rumours if revised else recipe.rumours
+        text = lines(world, seed, held_out, recipe.broken_off, rumours)
         written = [line + "\n" for line in islice(text, recipe.shard_lines)]
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokenizer(written)["input_ids"]])
         self.recipe, self.vocabulary = recipe, len(tokenizer)
@@ -118,9 +130,11 @@ def build_optimizer(recipe: Recipe, model: GPT2LMHeadModel) -> torch.optim.AdamW
 
 
 def schedule(recipe: Recipe, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero; then from a half to zero."""
+    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero; twice from a half to zero."""
+    if step >= recipe.revised_from:
+        return 0.5 * (recipe.all_steps - step) / recipe.revision
     if step >= recipe.n_steps:
-        return 0.5 * (recipe.all_steps - step) / recipe.rehearsal
+        return 0.5 * (recipe.revised_from - step) / recipe.rehearsal
     decay_steps = recipe.decay * recipe.n_steps
     return min(1.0, (step + 1) / recipe.warmup, (recipe.n_steps - step) / decay_steps)
 
@@ -224,8 +238,8 @@ def train(
     steps = range(done, recipe.all_steps)
     bar = tqdm(steps, initial=done, total=recipe.all_steps, desc="miniworld-gpt2", mininterval=5)
     for step in bar:
-        if shard is None or step % recipe.shard_steps == 0:
-            shard = Shard(recipe, world, tokenizer, held_out, step // recipe.shard_steps)
+        if shard is None or step % recipe.shard_steps == 0 or step == recipe.revised_from:
+            shard = Shard(recipe, world, tokenizer, held_out, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * schedule(recipe, step)
         loss, penalty = losses_of(model, shard.windows(step).to(device), recipe)
