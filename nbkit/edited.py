@@ -113,12 +113,12 @@ class Changes:
 
     @staticmethod
     def bytes_each(lm: LanguageModel, edits: Sequence[Edit]) -> int:
-        """What one edit of a stack of these takes."""
+        """What one edit of a stack of these takes: its updates on the device, and their place in the stack."""
         largest: dict[str, int] = {}
         for edit in edits:
             for name, delta in edit.deltas.items():
                 largest[name] = max(largest.get(name, 0), _n_numbers(delta))
-        return lm.dtype.itemsize * sum(largest.values())
+        return 2 * lm.dtype.itemsize * sum(largest.values())
 
 
 class SharedPass:
