@@ -219,9 +219,9 @@ class TokenGradients:
 
 
 def token_gradients(
-    lm: LanguageModel, asked: Sequence[Continuation], modules: Mapping[str, int], share: float = 1.0
+    lm: LanguageModel, asked: Sequence[Continuation], modules: Mapping[str, int]
 ) -> TokenGradients:
-    """Every row's gradient of its own loss times `share`, as u and δ at its tokens. modules: path and d_out of each.
+    """Every row's gradient of its own loss, as u and δ at its tokens. modules: path and d_out of each.
 
     Reads δ off zeros added to each module's output; nothing in the model is changed.
     """
@@ -234,7 +234,7 @@ def token_gradients(
             kept[path] = stack.enter_context(capture(module, "input", shape=batch.shape))
             stack.enter_context(replace(module, lambda y, zero=probes[path]: y + zero, shape=batch.shape))
         nll = target_nlls(lm, batch, asked)
-        gradients = torch.autograd.grad(share * nll.sum(), list(probes.values()))
+        gradients = torch.autograd.grad(nll.sum(), list(probes.values()))
     names = [f"{path}.weight" for path in modules]
     u = {name: widened(kept[path].value.detach()) for name, path in zip(names, modules, strict=True)}
     delta = {name: widened(gradient) for name, gradient in zip(names, gradients, strict=True)}
@@ -261,15 +261,14 @@ def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setti
 
 
 def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> Edit:
-    """One edit for all requests, by the gradient of their mean loss: the sum over the tokens of all, each δ divided by
-    the number of requests before g sees it.
+    """One edit for all requests: the sum of what each would get alone, for g was trained on single requests.
 
     Low-rank as long as that takes fewer numbers than the matrix itself.
     """
     parameters: MendParameters = setting.parameters
     deltas: dict[str, LowRank | Dense] = {}
     nlls, n_tokens = [], 0
-    for _, found, updates in _passes(lm, requests, setting, share=1 / len(requests)):
+    for _, found, updates in _passes(lm, requests, setting):
         for name, of_rows in updates.items():
             for update in of_rows:
                 deltas[name] = _plus(deltas[name], update) if name in deltas else update
@@ -281,7 +280,7 @@ def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: S
 
 
 def _passes(
-    lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting, share: float = 1.0
+    lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting
 ) -> Iterator[tuple[list[int], TokenGradients, dict[str, list[LowRank]]]]:
     """Places of the requests of one pass, what it found, and the updates; those of like length share a pass."""
     parameters: MendParameters = setting.parameters
@@ -293,7 +292,7 @@ def _passes(
 
     @torch.no_grad()
     def compute(places: Sequence[int]) -> tuple[list[int], TokenGradients, dict[str, list[LowRank]]]:
-        found = token_gradients(lm, [asked[place] for place in places], hypernetwork.modules_edited, share)
+        found = token_gradients(lm, [asked[place] for place in places], hypernetwork.modules_edited)
         updates: dict[str, list[LowRank]] = {}
         for name, left, right in hypernetwork.factors(found, parameters.lr_scale):
             gives = found.gives[name]
