@@ -131,8 +131,8 @@ def edit_sequence(
     requests = _as_list(requests)
     if isinstance(per_step, bool) or not isinstance(per_step, int) or per_step < 1:
         raise MethodError(f"per_step must be a whole number from 1 on, not {per_step!r}")
-    setting = _setting(lm, method, context_templates, second_moment, False, hparams)
     together = None if per_step == 1 else _together(method)
+    setting = _setting(lm, method, context_templates, second_moment, False, hparams)
     chunks = [tuple(requests[start : start + per_step]) for start in range(0, len(requests), per_step)]
 
     def steps() -> Iterator[Step]:
