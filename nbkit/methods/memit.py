@@ -20,8 +20,8 @@ range of P, where it is the same form with B = L₂ I + K̃_pK̃_pᵀ. K_p are t
 (`key_cache`): without them each step forgets what the ones before promised.
 
 A key is the mean of the unprefixed one and of the mean over the other context templates; what the stream now is, is
-taken without a prefix. That mixes keys as ROME does, but B + K Kᵀ cannot vanish. Where a norm follows the projection (Gemma's), the
-stream does not get the residual as it is, and edits are rougher than elsewhere.
+taken without a prefix. That mixes keys as ROME does, but B + K Kᵀ cannot vanish. Where a norm follows the projection
+(Gemma's), the stream does not get the residual as it is, and edits are rougher than elsewhere.
 
 Meng et al., Mass-Editing Memory in a Transformer, eq. 14 and algorithm 1; Gupta et al., A Unified Framework for Model
 Editing (EMMET); Fang et al., AlphaEdit. The three differ in nothing else here, in particular not in how z is found.
