@@ -187,7 +187,8 @@ class LanguageModel:
         _check_finite(self.model, self.name, "such a model is not loaded again")
         edits = [edit for overlay in self.overlays for edit in overlay.edits]
         config = vars(self.model.config)
-        kept = dict(config)  # save_pretrained notes dtype and class in it, which would change the hash
+        # save_pretrained notes dtype and class in it, which would change the hash: save_edits asks for that below.
+        kept, _ = dict(config), self.base_hash
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -197,7 +198,7 @@ class LanguageModel:
                 if edits:
                     save_edits(edits, new / "nbkit_edits.safetensors", self)
                 # Moved, not written over: a model in memory may be mapped from the old file, and goes on reading it.
-                for old in folder.glob("*.safetensors*"):
+                for old in (*folder.glob("model*.safetensors*"), *folder.glob("nbkit_edits.safetensors")):
                     old.unlink()
                 for path in list(new.iterdir()):
                     if (folder / path.name).is_dir():

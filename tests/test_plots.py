@@ -189,7 +189,7 @@ FIGURES = {
     "cost_growth": (lambda ax: plots.cost_growth(growth_frame(), ax), 2.2, {}),
     "memory_growth": (lambda ax: plots.cost_growth(growth_frame(), ax, y="peak_memory"), 2.2, {}),
     "throughput": (throughput_panels, 4.6, {"nrows": 2, "ncols": 2}),
-    "methods": (methods_panels, 1.9, {"ncols": 2, "sharey": True}),
+    "methods": (methods_panels, 1.9, {"ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 

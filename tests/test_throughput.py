@@ -90,7 +90,7 @@ def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
     requests = work.some(0, 2)
     expected = work.edit(requests)
     read = []
-    monkeypatch.setattr(values, "Replay", lambda *_: read.append("replay"))
+    monkeypatch.setattr(values, "Replay", lambda *_, **__: read.append("replay"))
     with throughput.whole_passes():
         found = work.edit(requests)
         perplexities, _ = work.evaluate(requests, found)
