@@ -23,8 +23,9 @@ from nbkit import paths
 
 # Modules that draw, store or start things but determine no number; a change in them leaves stored results valid.
 NOT_DETERMINING = {
-    "__init__", "__main__", "_install", "batch", "collapse", "correlation", "errors", "files", "geometry", "miniworld",
-    "panels", "parameters", "paths", "plots", "provenance", "results", "shapes", "throughput",
+    "__init__", "__main__", "_install", "batch", "collapse", "correlation", "edit_files", "errors", "files", "geometry",
+    "mend_training", "miniworld", "panels", "parameters", "paths", "plots", "provenance", "results", "shapes",
+    "throughput",
 }  # fmt: skip
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "lm_eval")
 
