@@ -18,6 +18,7 @@ the command runs; defaults, as in JupyterLab, to the notebook's folder.
 """
 
 import ast
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ def convert(value, kind):
         fits = text or (isinstance(value, int | float) and not isinstance(value, bool))
         value = float(value) if fits else value
     elif kind == "dict":
-        value = ast.literal_eval(value) if text else value
+        value = _mapping(value) if text else value
         fits = isinstance(value, dict)
     elif named := re.fullmatch(r"(?:list|List)(?:\[(.+)\])?", kind):
         if text:  # [1, 2] or 1,2
@@ -104,6 +105,14 @@ def convert(value, kind):
     if not fits:
         raise TypeError(f"{value!r} is no {kind}")
     return value
+
+
+def _mapping(text):
+    """As Python or as JSON writes it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return ast.literal_eval(text)
 
 
 def _split(text):

@@ -101,6 +101,7 @@ def test_a_value_of_another_type_is_refused(name, value):
 
 def test_convert_reads_dictionaries():
     assert convert("{'a': 1}", "dict") == {"a": 1}
+    assert convert('{"key_cache": true, "layers": [4]}', "dict") == {"key_cache": True, "layers": [4]}
     with pytest.raises(TypeError):
         convert("[1]", "dict")
 
