@@ -27,9 +27,9 @@ from nbkit import metrics as measure
 from nbkit import prompts, tasks
 from nbkit.edits import Edit, applied
 from nbkit.errors import NbkitError
-from nbkit.methods import METHODS, as_templates, edit, edit_sequence, hyper_parameters
+from nbkit.methods import METHODS, as_templates, edit, edit_sequence, hyper_parameters, needed_moments
 from nbkit.models import LanguageModel
-from nbkit.moments import SecondMoments, default_second_moments
+from nbkit.moments import SecondMoments
 from nbkit.provenance import code_version, digest, files_digest
 from nbkit.requests import EditRequest
 from nbkit.results import Store, Study, provenance
@@ -43,8 +43,7 @@ class _Setting:
     def __init__(self, lm: LanguageModel, method: str, context_templates, second_moment, store: Store | None, hparams):
         self.lm, self.method, self.hparams = lm, method, hparams
         parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
-        if second_moment is None and METHODS[method].needs_second_moment:
-            second_moment = default_second_moments(lm, parameters.layers)
+        second_moment = needed_moments(lm, method, parameters, second_moment)
         self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else list(context_templates)

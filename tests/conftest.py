@@ -115,6 +115,23 @@ def requests() -> list[EditRequest]:
 
 
 @pytest.fixture
+def interrupt_at():
+    """`interrupt_at(patch, training, calls)`: Ctrl-C in the middle of a step, so many calls of its losses from now."""
+
+    def at(patch: pytest.MonkeyPatch, training, calls: int) -> None:
+        left, losses_of = iter(range(calls)), training.losses_of
+
+        def interrupted(*arguments):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return losses_of(*arguments)
+
+        patch.setattr(training, "losses_of", interrupted)
+
+    return at
+
+
+@pytest.fixture
 def texts() -> list[str]:
     """Some plain texts, of different lengths."""
     return list(TEXTS)

@@ -359,20 +359,9 @@ def test_training_lowers_the_loss_and_edits_work(tiny, many, texts, tmp_path, bi
             assert float(plain_nll(tiny, edit.request)) < edit.info["losses"][0][0]
 
 
-def interrupt_at(monkeypatch, calls: int) -> None:
-    left, losses_of = iter(range(calls)), mend_training.losses_of
-
-    def interrupted(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return losses_of(*arguments)
-
-    monkeypatch.setattr(mend_training, "losses_of", interrupted)
-
-
 @pytest.mark.parametrize("calls", [3, 9, 13])  # before the first checkpoint; between two; after the second
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
-    tiny, many, texts, tmp_path, monkeypatch, calls, bits
+    tiny, many, texts, tmp_path, monkeypatch, interrupt_at, calls, bits
 ):
     def log_of(folder):
         records = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
@@ -380,7 +369,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 
     whole = train(tiny, many, texts, SHORT, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, calls)
+        interrupt_at(patched, mend_training, calls)
         train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     resumed = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -388,7 +377,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     assert [record["step"] for record in log_of(tmp_path / "whole")] == [0, 3, 6, 8]
     with monkeypatch.context() as patched:
-        interrupt_at(patched, 0)  # a finished training is not repeated
+        interrupt_at(patched, mend_training, 0)  # a finished training is not repeated
         again = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     assert all(torch.equal(again.state_dict()[name], expected) for name, expected in whole.state_dict().items())
 

@@ -50,25 +50,13 @@ def log_of(folder) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Ctrl-C in the middle of a step, counted from now."""
-    left, losses_of = iter(range(step)), training.losses_of
-
-    def interrupted(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return losses_of(*arguments)
-
-    monkeypatch.setattr(training, "losses_of", interrupted)
-
-
 @pytest.mark.parametrize("step", [2, 6, 9])  # before the first checkpoint; within a shard; after its end
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
-    world, world_tokenizer, tmp_path, monkeypatch, often, step
+    world, world_tokenizer, tmp_path, monkeypatch, interrupt_at, often, step
 ):
     whole = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, step)
+        interrupt_at(patched, training, step)
         train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     resumed = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
@@ -77,9 +65,9 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
     assert [record["step"] for record in log_of(tmp_path / "cut")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_finished_training_is_not_repeated(world, world_tokenizer, tmp_path, monkeypatch, often):
+def test_a_finished_training_is_not_repeated(world, world_tokenizer, tmp_path, monkeypatch, interrupt_at, often):
     first = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
-    interrupt_at(monkeypatch, 0)
+    interrupt_at(monkeypatch, training, 0)
     again = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
 

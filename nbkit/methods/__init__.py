@@ -159,9 +159,8 @@ def _setting(
 ) -> Setting:
     parameters = hyper_parameters(lm, method, **hparams)
     templates = as_templates(lm, context_templates, method)
-    if second_moment is None and METHODS[method].needs_second_moment:
-        second_moment = default_second_moments(lm, parameters.layers)
-    return Setting(parameters, templates, as_moments(lm, second_moment), progress, method=method)
+    moments = as_moments(lm, needed_moments(lm, method, parameters, second_moment))
+    return Setting(parameters, templates, moments, progress, method=method)
 
 
 def _together(method: str):
@@ -229,6 +228,13 @@ def as_templates(lm: LanguageModel, templates: Sequence[str] | None, method: str
     if templates is None:
         return prompts.context_templates(lm, seed=0, lengths=METHODS[method].template_lengths)
     return prompts.check_templates(templates)
+
+
+def needed_moments(lm: LanguageModel, method: str, parameters: Any, given: SecondMomentLike) -> SecondMomentLike:
+    """What is given; if that is None and the method cannot do without, those of the model's default text."""
+    if given is None and METHODS[method].needs_second_moment:
+        return default_second_moments(lm, parameters.layers)
+    return given
 
 
 def as_moments(lm: LanguageModel, given: SecondMomentLike) -> SecondMoments:

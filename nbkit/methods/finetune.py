@@ -33,8 +33,8 @@ from nbkit.edited import Changes, SharedPass, WholePass
 from nbkit.edits import Dense, Edit
 from nbkit.errors import MethodError
 from nbkit.keys import widened
-from nbkit.memory import Footprint, budget, in_batches
-from nbkit.methods.method import Setting
+from nbkit.memory import Footprint, budget
+from nbkit.methods.method import Setting, side_by_side
 from nbkit.models import LanguageModel
 from nbkit.prompts import check_length, named, subject_kind, target_ids, tokenize
 from nbkit.replay import can_replay
@@ -79,19 +79,16 @@ def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: S
     jobs = [_job(lm, request, parameters.objective) for request in requests]
     room = _matrix_bytes(lm, parameters) + _row_bytes(lm, jobs, parameters)  # of one edit
 
-    def batch(places: Sequence[int]) -> dict[int, Edit]:
+    def batch(places: Sequence[int]) -> list[Edit]:
         chosen = [jobs[place] for place in places]
         reading = _Reading(lm, chosen, [[number] for number in range(len(chosen))], parameters)
         tuned = _tune(lm, [reading], len(chosen), parameters)
-        edits = [_edit(lm, [job.request], one, parameters) for job, one in zip(chosen, tuned, strict=True)]
-        return dict(zip(places, edits, strict=True))
+        return [_edit(lm, [job.request], one, parameters) for job, one in zip(chosen, tuned, strict=True)]
 
-    order = sorted(range(len(jobs)), key=lambda place: len(jobs[place].row))  # those of like length share a batch
     edits: dict[int, Edit] = {}
-    with tqdm(total=len(jobs), desc="ft", unit="edit", disable=not setting.progress) as bar:
-        for made in in_batches(order, setting.batch_size or budget(lm.device) // room, batch):
-            edits |= made
-            bar.update(len(made))
+    lengths = [len(job.row) for job in jobs]
+    for places, made in side_by_side(setting, lengths, budget(lm.device) // room, batch, "ft"):
+        edits |= zip(places, made, strict=True)
     return [edits[place] for place in range(len(jobs))]
 
 

@@ -31,13 +31,12 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits import Edit, LowRank
 from nbkit.errors import MethodError
 from nbkit.keys import widened
-from nbkit.memory import Footprint, budget, in_batches
-from nbkit.methods.method import Setting
+from nbkit.memory import Footprint, budget
+from nbkit.methods.method import Setting, side_by_side
 from nbkit.models import LanguageModel
 from nbkit.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
 from nbkit.replay import Prefixes, Replay, WholePasses, can_replay
@@ -80,20 +79,17 @@ def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], s
         raise MethodError(f"n_prompts is {n_prompts}, but there are {n_templates} context_templates to make them with")
     jobs = [_job(lm, request, setting.context_templates[:n_prompts]) for request in requests]
 
-    def batch(places: Sequence[int]) -> dict[int, Edit]:
+    def batch(places: Sequence[int]) -> list[Edit]:
         chosen = [jobs[place] for place in places]
         rows, tokens = ([part for job in chosen for part in getattr(job, name)] for name in ("rows", "tokens"))
         of_job = attributions(lm, rows, tokens, parameters.n_steps).split([len(job.rows) for job in chosen])
         by_prompt = [found.unflatten(0, (n_prompts, -1)).mean(1) for found in of_job]
-        edits = [_edit(lm, job, found, parameters) for job, found in zip(chosen, by_prompt, strict=True)]
-        return dict(zip(places, edits, strict=True))
+        return [_edit(lm, job, found, parameters) for job, found in zip(chosen, by_prompt, strict=True)]
 
-    order = sorted(range(len(jobs)), key=lambda place: len(jobs[place].rows[0]))  # those of like length share a batch
     edits: dict[int, Edit] = {}
-    with tqdm(total=len(jobs), desc="kn", unit="edit", disable=not setting.progress) as bar:
-        for made in in_batches(order, setting.batch_size or _edits_at_once(lm, jobs, parameters.n_steps), batch):
-            edits |= made
-            bar.update(len(made))
+    lengths = [len(job.rows[0]) for job in jobs]
+    for places, made in side_by_side(setting, lengths, _edits_at_once(lm, jobs, parameters.n_steps), batch, "kn"):
+        edits |= zip(places, made, strict=True)
     return [edits[place] for place in range(len(jobs))]
 
 

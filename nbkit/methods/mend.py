@@ -35,7 +35,6 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from nbkit import paths
@@ -46,8 +45,8 @@ from nbkit.errors import MethodError
 from nbkit.files import write_atomically
 from nbkit.hooks import capture, replace
 from nbkit.keys import widened
-from nbkit.memory import Footprint, budget, in_batches
-from nbkit.methods.method import Setting
+from nbkit.memory import Footprint, budget
+from nbkit.methods.method import Setting, side_by_side
 from nbkit.models import LanguageModel, embedded_models
 from nbkit.prompts import Batch, check_length, named, pad, subject_kind, target_ids, tokenize
 from nbkit.requests import EditRequest
@@ -291,7 +290,7 @@ def _passes(
             asked += continuations(lm, [request.text], [request.target_new])
 
     @torch.no_grad()
-    def compute(places: Sequence[int]) -> tuple[list[int], TokenGradients, dict[str, list[LowRank]]]:
+    def compute(places: Sequence[int]) -> tuple[TokenGradients, dict[str, list[LowRank]]]:
         found = token_gradients(lm, [asked[place] for place in places], hypernetwork.modules_edited)
         updates: dict[str, list[LowRank]] = {}
         for name, left, right in hypernetwork.factors(found, parameters.lr_scale):
@@ -299,14 +298,11 @@ def _passes(
             updates[name] = [
                 LowRank(left[row][:, gives[row]].clone(), right[row][gives[row]].clone()) for row in range(len(places))
             ]
-        return list(places), found, updates
+        return found, updates
 
-    order = sorted(range(len(asked)), key=lambda place: len(asked[place].row))
-    size = setting.batch_size or _edits_at_once(lm, asked, hypernetwork)
-    with tqdm(total=len(asked), desc="mend", unit="edit", disable=not setting.progress) as bar:
-        for made in in_batches(order, size, compute):
-            yield made
-            bar.update(len(made[0]))
+    lengths = [len(one.row) for one in asked]
+    for places, made in side_by_side(setting, lengths, _edits_at_once(lm, asked, hypernetwork), compute, "mend"):
+        yield places, *made
 
 
 def _edits_at_once(lm: LanguageModel, asked: Sequence[Continuation], hypernetwork: Hypernetwork) -> int:

@@ -1,15 +1,19 @@
 """What a method is to the verbs that run it: two functions at most, and what each is given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 from nbkit.edits import Edit
+from nbkit.memory import in_batches
 from nbkit.models import LanguageModel
 from nbkit.moments import SecondMoments
 from nbkit.requests import EditRequest
 
+Result = TypeVar("Result")
 ROME_TEMPLATES = ((5, 10), (10, 10))  # (tokens, how many of that length): the prefixes that ROME averages over
 MEMIT_TEMPLATES = ((10, 5),)
 
@@ -44,3 +48,19 @@ class Method:
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
+
+
+def side_by_side(
+    setting: Setting, costs: Sequence, at_once: int, compute: Callable[[Sequence[int]], Result], name: str
+) -> Iterator[tuple[list[int], Result]]:
+    """`compute` on the places of all items, those of like cost together, with a bar where `setting` asks for one.
+
+    costs: of each item, what padding in a batch depends on. at_once: items for which there is memory, unless `setting`
+    says how many.
+    """
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    with tqdm(total=len(costs), desc=name, unit="edit", disable=not setting.progress) as bar:
+        batches = in_batches(order, setting.batch_size or at_once, lambda places: (list(places), compute(places)))
+        for places, result in batches:
+            bar.update(len(places))
+            yield places, result

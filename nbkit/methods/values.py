@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.errors import MethodError
 from nbkit.keys import KeyPass, in_contexts, widened
-from nbkit.memory import Footprint, budget, in_batches
-from nbkit.methods.method import Setting
+from nbkit.memory import Footprint, budget
+from nbkit.methods.method import Setting, side_by_side
 from nbkit.models import LanguageModel
 from nbkit.prompts import check_length, find_subjects, named, target_ids
 from nbkit.replay import Prefixes, Replay, Site, WholePasses, can_replay
@@ -98,15 +97,12 @@ def values_in_batches(
     """
     prefixes = Prefixes(lm, setting.context_templates) if can_replay(lm) else None
 
-    def batch(places: Sequence[int]) -> tuple[list[int], KeyPass, list[OptimisedValue]]:
-        chosen = [jobs[place] for place in places]
-        return list(places), *optimise_values(lm, chosen, prefixes, setting.parameters, layer, site)
+    def batch(places: Sequence[int]) -> tuple[KeyPass, list[OptimisedValue]]:
+        return optimise_values(lm, [jobs[place] for place in places], prefixes, setting.parameters, layer, site)
 
-    order = sorted(range(len(jobs)), key=lambda place: jobs[place].shape)  # those of like length share a batch
-    with tqdm(total=len(jobs), desc=name, unit="edit", disable=not setting.progress) as bar:
-        for done in in_batches(order, setting.batch_size or edits_at_once(lm, jobs, layer), batch):
-            bar.update(len(done[0]))
-            yield done
+    shapes = [job.shape for job in jobs]
+    for places, done in side_by_side(setting, shapes, edits_at_once(lm, jobs, layer), batch, name):
+        yield places, *done
 
 
 def edits_at_once(lm: LanguageModel, jobs: Sequence[ValueJob], layer: int) -> int:
