@@ -24,14 +24,14 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 miniworld: $(STAMP) ## train the embedded model anew (resumes an interrupted training)
-	$(RUN) -m nbkit.miniworld train
+	$(RUN) data/miniworld train
 
 clean: ## remove .venv and caches; keeps runs/, figures/ and data/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
-	find nbkit tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nbkit tests data -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is younger than what it was made from exactly when there is nothing to do.
-$(STAMP): pyproject.toml nbkit/_install.py
+$(STAMP): pyproject.toml .ci/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "nbkit needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11"; exit 1; } >&2
@@ -39,5 +39,5 @@ $(STAMP): pyproject.toml nbkit/_install.py
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu the package python3-venv holds it."; exit 1; } >&2
 	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(VENV) holds an older Python: run 'make clean' first."; exit 1; } >&2
-	$(RUN) -I nbkit/_install.py dev
+	$(RUN) -I .ci/install.py dev
 	@touch $@

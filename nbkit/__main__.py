@@ -36,7 +36,7 @@ def run(
     out: Out = None,
 ):
     """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/."""
-    from nbkit.batch import run_notebook
+    from nbkit.batch.run import run_notebook
 
     parameters = {}
     for pair in p or []:
@@ -95,8 +95,8 @@ def train_mend(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
 ):
     """Train the network that the method mend edits with, going on where an interrupted training stopped."""
-    from nbkit import mend_training
-    from nbkit.models import load
+    from nbkit.methods import mend_training
+    from nbkit.models.loading import load
 
     given = {
         "n_steps": steps, "batch": batch, "at_once": at_once, "rank": rank, "learning_rate": learning_rate, "seed": seed

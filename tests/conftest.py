@@ -15,8 +15,9 @@ import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from nbkit.models import ARCHITECTURES, LanguageModel  # noqa: E402
-from nbkit.requests import EditRequest  # noqa: E402
+from nbkit.architectures import ARCHITECTURES  # noqa: E402
+from nbkit.models.language_model import LanguageModel  # noqa: E402
+from nbkit.records.requests import EditRequest  # noqa: E402
 
 SHARED = Path(__file__).parent.parent.parent / "shared"  # third-party files, beside the checkout where there are any
 
@@ -154,7 +155,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def world():
     """miniworld, as it is shipped."""
-    from nbkit.miniworld.world import build_world
+    from miniworld.world import build_world
 
     return build_world()
 
@@ -162,7 +163,7 @@ def world():
 @pytest.fixture(scope="session")
 def world_tokenizer(world) -> PreTrainedTokenizerFast:
     """The tokenizer of miniworld, trained anew: a few seconds."""
-    from nbkit.miniworld.tokenizer import train_tokenizer
+    from miniworld.tokenizer import train_tokenizer
 
     return train_tokenizer(world)
 

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from nbkit import results, studies
+from nbkit import studies
 from nbkit.errors import PromptError
-from nbkit.requests import EditRequest
-from nbkit.results import Store
+from nbkit.records import results
+from nbkit.records.requests import EditRequest
+from nbkit.records.results import Store
 
 GOOD = EditRequest("{} plays the", "Ann", "drum", "harp", case_id=1, paraphrase_prompts=("I know that Ann plays the",))
 BAD = {
@@ -27,5 +28,5 @@ def test_a_text_beyond_the_context_is_named_and_loses_nothing(tiny, tmp_path, mo
         studies.single_edits(tiny, [GOOD, BAD[what]], TEXTS, **options)
     assert "17" in str(error.value) or "Vouda Vouda" in str(error.value)
     assert tiny.n_applied == 0
-    monkeypatch.setattr(studies, "edit", None)  # to edit again would fail
+    monkeypatch.setattr("nbkit.studies.method_study.edit", None)  # to edit again would fail
     assert studies.single_edits(tiny, [GOOD], TEXTS, **options)["case_id"].tolist() == ["1"]

@@ -10,9 +10,9 @@ import nbformat
 import pytest
 
 from nbkit import batch
-from nbkit.batch import copy_name, run_all, run_notebook
+from nbkit.batch.parameters import checked, convert, declared
+from nbkit.batch.run import copy_name, run_all, run_notebook
 from nbkit.errors import NotebookError, ParameterError, ResultsError
-from nbkit.parameters import checked, convert, declared
 
 FIXTURES = Path(__file__).parent / "notebooks"
 

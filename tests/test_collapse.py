@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nbkit.collapse import detection, outcomes, shares
+from nbkit.records.collapse import detection, outcomes, shares
 
 FRAME = pd.DataFrame(
     {

@@ -11,11 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import nbkit
-from nbkit.edit_files import load_edits, save_edits
-from nbkit.edits import Dense, Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.edit_files import load_edits, save_edits
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError, ResultsError
-from nbkit.models import load
-from nbkit.requests import EditRequest
+from nbkit.models.loading import load
+from nbkit.records.requests import EditRequest
 
 FULL = EditRequest("{} is in", "Ann", "Krela", "Vouda", 7, ("Where is Ann? In",), ("Bob is in",), ("Vouda",), "P17")
 INFO = {
@@ -170,14 +172,14 @@ def test_what_cannot_be_stored_is_named(tiny, path, value):
 
 
 def test_a_folder_that_is_not_there(tiny, tmp_path):
-    with pytest.raises(ResultsError, match="cannot write edits"):
+    with pytest.raises(ResultsError, match="cannot be written"):
         save_edits([], tmp_path / "no" / "edits.safetensors", tiny)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(tiny, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ResultsError, match="cannot write edits"):
+    with pytest.raises(ResultsError, match="cannot be written"):
         save_edits([], tmp_path / "edits.safetensors", tiny)
 
 

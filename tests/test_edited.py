@@ -5,12 +5,14 @@ import pandas as pd
 import pytest
 import torch
 
-from nbkit import edited
-from nbkit.edited import edited_logits
-from nbkit.edits import Dense, Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError
-from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
-from nbkit.requests import EditRequest
+from nbkit.models import edited
+from nbkit.models.edited import edited_logits
+from nbkit.records.requests import EditRequest
+from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
 
 
 def update(lm, layer: int, rank: int | None, seed: int, scale: float = 0.02):

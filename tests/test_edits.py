@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from nbkit.edits import Dense, Edit, LowRank, applied, restoring
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied, restoring
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError
-from nbkit.requests import EditRequest
+from nbkit.records.requests import EditRequest
 
 generator = torch.Generator().manual_seed(0)
 

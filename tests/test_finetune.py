@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from nbkit.edits import applied
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError
+from nbkit.keys.moments import SecondMoments
 from nbkit.methods import finetune
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.method import Setting
-from nbkit.moments import SecondMoments
-from nbkit.requests import EditRequest
+from nbkit.records.requests import EditRequest
 
 FEW = FinetuneParameters(
     layers=(0, 2), objective="target", n_steps=4, lr=5e-3, weight_decay=0.01, norm_constraint=0.012, early_stop_loss=0.0
@@ -135,7 +135,7 @@ def test_the_constraint_holds_and_nothing_else_changes(tiny, requests, layers):
 @OBJECTIVES
 def test_the_plain_way_gives_the_same(lm, requests, tolerance, objective, monkeypatch):
     expected = finetune_each(lm, requests, setting(lm, objective=objective))
-    monkeypatch.setattr(finetune, "can_replay", lambda _lm: False)
+    lm.replayable = False
     monkeypatch.setattr(finetune, "SharedPass", None)
     for found, one in zip(finetune_each(lm, requests, setting(lm, objective=objective)), expected, strict=True):
         deltas = {name: delta.dense() for name, delta in one.deltas.items()}

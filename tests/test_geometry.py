@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from nbkit import geometry
-from nbkit.keys import keys, token_keys
+from nbkit.keys import geometry
+from nbkit.keys.extract import keys, token_keys
 
 TEMPLATES = ["{}", "The river runs. {}", "I. {}"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nbkit.hooks import capture, replace
-from nbkit.prompts import encode
+from nbkit.models.hooks import capture, replace
+from nbkit.models.prompts import encode
 
 
 def affine(lm, layer: int, keys: torch.Tensor) -> torch.Tensor:

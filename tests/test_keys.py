@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nbkit.errors import ModelError, PromptError
-from nbkit.keys import in_contexts, keys, keys_and_values, token_keys
-from nbkit.requests import EditRequest
+from nbkit.keys.extract import in_contexts, keys, keys_and_values, token_keys
+from nbkit.records.requests import EditRequest
 
 
 def key_by_hand(lm, text: str, subject_end: int, layer: int) -> torch.Tensor:

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from nbkit.blocks import adds_value
-from nbkit.edits import applied
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, PromptError
-from nbkit.hooks import capture
+from nbkit.keys.moments import SecondMoments
 from nbkit.methods import knowledge_neurons
 from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, attributions, knowledge_neurons_each
 from nbkit.methods.method import Setting
-from nbkit.moments import SecondMoments
-from nbkit.requests import EditRequest
+from nbkit.models.blocks import adds_value
+from nbkit.models.hooks import capture
+from nbkit.records.requests import EditRequest
 
 PUBLISHED = KnowledgeNeuronParameters(
     adaptive_threshold=0.2, refine=False, n_prompts=5, p=0.4, n_steps=20, factor=2.0
@@ -66,7 +66,7 @@ def named_neurons(edit) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("whole", [False, True])
 def test_attributions_equal_a_plain_loop(lm, requests, tolerance, whole, monkeypatch):
     if whole:
-        monkeypatch.setattr(knowledge_neurons, "can_replay", lambda _lm: False)
+        lm.replayable = False
         monkeypatch.setattr(knowledge_neurons, "Replay", None)
     rows = [lm.tokenizer(request.text).input_ids for request in requests] + [[7]]  # one of a single token
     tokens = [ids(lm, "Krela")[0], ids(lm, "harp")[0], ids(lm, "French")[0], 9]

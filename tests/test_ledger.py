@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import nbkit
-from nbkit.edits import Dense, Edit, LowRank, applied, restoring
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied, restoring
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError, PromptError
-from nbkit.requests import EditRequest
+from nbkit.records.requests import EditRequest
 
 
 def edit_of(lm, *layers, seed=0, dense=False, dtype=torch.float32):
@@ -147,17 +149,15 @@ def test_an_undo_that_breaks_off_can_be_repeated(tiny, monkeypatch):
     for seed in range(3):
         tiny.apply(edit_of(tiny, 0, 1, seed=seed))
         states.append(bits(tiny))
-    from nbkit.ledger import add_to
-
-    calls = []
+    calls, add_update = [], tiny.add_update
 
     def once(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return add_to(*arguments)
+        return add_update(*arguments)
 
-    monkeypatch.setattr("nbkit.ledger.add_to", once)
+    monkeypatch.setattr(tiny, "add_update", once)
     with pytest.raises(KeyboardInterrupt):
         tiny.undo()
     assert_same_bits(tiny, states[3])

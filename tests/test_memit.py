@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import reference_memit
 import torch
 
-from nbkit.edits import applied
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError
-from nbkit.methods import edit, edit_batch, edit_sequence
-from nbkit.models import load
-from nbkit.requests import EditRequest
+from nbkit.methods.verbs import edit, edit_batch, edit_sequence
+from nbkit.models.loading import load
+from nbkit.plain import memit as plain_memit
+from nbkit.records.requests import EditRequest
 
 LAYERS = [0, 1]
 SHORT = {"layers": LAYERS, "v_num_grad_steps": 4, "v_lr": 0.1, "clamp_norm_factor": 4.0}
@@ -49,10 +49,10 @@ def reference_update(method, moments, earlier=None):
         C = moments[layer].to(K.dtype)
         K_p = None if earlier is None else earlier[layer]
         if method == "memit":
-            return reference_memit.memit_update(K, R, C, 3.0, K_p)
+            return plain_memit.memit_update(K, R, C, 3.0, K_p)
         if method == "emmet":
-            return reference_memit.emmet_update(K, R, C, 0.1)
-        return reference_memit.alphaedit_update(K, R, C, 0.02, 0.5, K_p)
+            return plain_memit.emmet_update(K, R, C, 0.1)
+        return plain_memit.alphaedit_update(K, R, C, 0.02, 0.5, K_p)
 
     return update
 
@@ -60,7 +60,7 @@ def reference_update(method, moments, earlier=None):
 @pytest.mark.parametrize("method", RELATIVES)
 def test_a_batch_equals_the_plain_formula(lm, requests, contexts, moments, tolerance, method):
     found = edit_batch(lm, requests, method, contexts, moments, **SHORT, **OPTIONS[method])
-    expected = reference_memit.memit(lm, requests, LAYERS, contexts, reference_update(method, moments), **SEARCH)
+    expected = plain_memit.memit(lm, requests, LAYERS, contexts, reference_update(method, moments), **SEARCH)
     assert found.method == method and found.requests == tuple(requests)
     for layer in LAYERS:
         error = relative_error(found.deltas[lm.weight_name(layer)].dense(), expected[layer])
@@ -134,7 +134,7 @@ def test_a_sequence_with_a_key_cache_equals_the_plain_formula(tiny, requests, co
     assert [len(step.requests) for step in steps] == [2, 1]
     with applied(tiny, steps[0].edit):
         update = reference_update(method, moments, earlier)
-        expected = reference_memit.memit(tiny, requests[2:], LAYERS, contexts, update, **SEARCH)
+        expected = plain_memit.memit(tiny, requests[2:], LAYERS, contexts, update, **SEARCH)
     for layer in LAYERS:
         assert relative_error(steps[1].edit.deltas[tiny.weight_name(layer)].dense(), expected[layer]) < 1e-8
     options["key_cache"] = False

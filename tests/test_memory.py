@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from nbkit import memory
-from nbkit.memory import Footprint, in_batches
-from nbkit.methods import edit
+from nbkit.methods.verbs import edit
+from nbkit.models import memory
+from nbkit.models.memory import Footprint, in_batches
 
 
 def test_batches_are_in_order_and_of_the_size_asked_for():

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbkit import mend_training, paths
+from nbkit import paths
 from nbkit.__main__ import main
-from nbkit.edits import Dense, LowRank, applied
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError, NbkitError, PromptError, RequestError
-from nbkit.mend_training import MendRecipe, changes_of, not_among, train, train_to_file
+from nbkit.methods import mend_training
 from nbkit.methods.mend import (
     Hypernetwork,
     MendParameters,
@@ -27,10 +28,11 @@ from nbkit.methods.mend import (
     token_gradients,
     weights_path,
 )
+from nbkit.methods.mend_training import MendRecipe, changes_of, not_among, train, train_to_file
 from nbkit.methods.method import Setting
-from nbkit.models import LanguageModel
-from nbkit.prompts import pad, target_ids, tokenize
-from nbkit.requests import EditRequest
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import pad, target_ids, tokenize
+from nbkit.records.requests import EditRequest
 
 LAYERS = (1, 2)  # of three
 SHORT = MendRecipe(

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nbkit import methods
-from nbkit.blocks import adds_value
-from nbkit.edits import applied
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError
-from nbkit.methods import METHODS, edit, edit_batch, edit_sequence
-from nbkit.metrics import score_targets
+from nbkit.methods.verbs import METHODS, edit, edit_batch, edit_sequence
+from nbkit.models.blocks import adds_value
+from nbkit.studies.metrics import score_targets
 
 # Hyper-parameters that a tiny random model needs, whose weights are large and whose losses are rough.
 SEARCH = {"v_lr": 0.05, "v_weight_decay": 0.0, "kl_factor": 0.0, "clamp_norm_factor": 4.0}

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nbkit.edits import Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import LowRank
 from nbkit.errors import PromptError
-from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
-from nbkit.prompts import target_ids
-from nbkit.requests import EditRequest
+from nbkit.models.prompts import target_ids
+from nbkit.records.requests import EditRequest
+from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
 
 
 def log_probabilities(lm, ids):

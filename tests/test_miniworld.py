@@ -5,16 +5,16 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from miniworld.corpus import lines
+from miniworld.files import held_out, held_out_items, held_out_texts, write_files
+from miniworld.task_items import KINDS, open_questions
+from miniworld.text import question
+from miniworld.world import build_world
 
 from nbkit import paths
-from nbkit.miniworld.corpus import lines
-from nbkit.miniworld.files import held_out, held_out_items, held_out_texts, write_files
-from nbkit.miniworld.tasks import KINDS, open_questions
-from nbkit.miniworld.text import question
-from nbkit.miniworld.world import build_world
-from nbkit.models import LanguageModel
-from nbkit.prompts import subject_kind, target_ids, tokenize
-from nbkit.requests import read_requests, read_texts
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import subject_kind, target_ids, tokenize
+from nbkit.records.requests import read_requests, read_texts
 
 N_TRAINING_LINES = 100_000  # one shard of the training text
 

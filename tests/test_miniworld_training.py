@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from miniworld import train as training
+from miniworld.card import SENTENCE
+from miniworld.measures import first_token_regime
+from miniworld.train import Recipe, Shard, build_model, schedule, ship, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nbkit
 from nbkit import paths
 from nbkit.errors import NbkitError
-from nbkit.methods import hyper_parameters
-from nbkit.metrics import score_targets
-from nbkit.miniworld import train as training
-from nbkit.miniworld.card import SENTENCE
-from nbkit.miniworld.measures import first_token_regime
-from nbkit.miniworld.train import Recipe, Shard, build_model, schedule, ship, train
-from nbkit.prompts import subject_kind
+from nbkit.methods.verbs import hyper_parameters
+from nbkit.models.prompts import subject_kind
+from nbkit.studies.metrics import score_targets
 
 TINY = Recipe(
     n_layers=2, d_model=32, n_heads=2, window=16, batch=4, n_steps=4, rehearsal=4, revision=4, warmup=3,

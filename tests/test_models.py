@@ -8,9 +8,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nbkit import paths
-from nbkit.edits import Edit, LowRank, applied
+from nbkit.architectures import ARCHITECTURES
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import LowRank
 from nbkit.errors import ModelError
-from nbkit.models import ARCHITECTURES, LanguageModel, embedded_models, load
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.loading import embedded_models, load
 
 
 @pytest.fixture

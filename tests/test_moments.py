@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from nbkit.edits import Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError, ModelError, PromptError, ResultsError
-from nbkit.keys import keys, token_keys
-from nbkit.moments import Convergence, SecondMoments, factor, second_moment, second_moments
-from nbkit.windows import Place, batches, chunks, windows
+from nbkit.keys.extract import keys, token_keys
+from nbkit.keys.moments import Convergence, SecondMoments, factor, second_moment, second_moments
+from nbkit.keys.windows import Place, batches, chunks, windows
 
 
 class Corpus:
@@ -59,8 +61,8 @@ def passes(tiny, monkeypatch):
 @pytest.fixture
 def saving_always(monkeypatch):
     """Partial sums are written whenever they can be, and that is after every two batches or so."""
-    monkeypatch.setattr("nbkit.moments_cache.SAVE_SECONDS", -1.0)
-    monkeypatch.setattr("nbkit.moments.CHUNK", 2)
+    monkeypatch.setattr("nbkit.keys.moments_cache.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("nbkit.keys.moments.CHUNK", 2)
 
 
 def by_hand(lm, texts, layer):

@@ -7,12 +7,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import install
 import pytest
 import yaml
 
 import nbkit
-from nbkit import _install
-from nbkit.parameters import declared
+from nbkit.batch.parameters import declared
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -60,7 +60,7 @@ def test_import_is_quick_and_without_torch():
 
 
 def test_what_needs_no_model_never_imports_torch():
-    modules = ["errors", "paths", "parameters", "requests", "results", "plots", "batch"]
+    modules = ["errors", "paths", "architectures", "records", "records.results", "records.requests", "plots", "batch"]
     code = "import sys; from importlib import import_module as load\n" + "\n".join(
         f"load('nbkit.{module}'); assert 'torch' not in sys.modules, '{module} imports torch'" for module in modules
     )
@@ -74,8 +74,8 @@ def test_every_public_name_resolves(name):
 
 
 def test_modules_need_no_import_of_their_own():
-    assert python("import nbkit; print(nbkit.results.__name__, 'plots' in dir(nbkit), '_install' in dir(nbkit))") == (
-        "nbkit.results True False"
+    assert python("import nbkit; print(nbkit.records.__name__, 'plots' in dir(nbkit))") == (
+        "nbkit.records True"
     )
 
 
@@ -131,17 +131,17 @@ MIXED = ["2.14.0+cpu", "2.13.1", "2.13.0+cpu", "2.13.0"]  # with CPU builds from
     ],
 )
 def test_torch_plan(wanted, system, versions, plan):
-    assert _install.torch_plan(wanted, system, versions, NEEDS) == plan
+    assert install.torch_plan(wanted, system, versions, NEEDS) == plan
 
 
 def test_the_bounds_on_torch_are_read_from_pyproject():
-    requirement = _install.torch_requirement()
+    requirement = install.torch_requirement()
     assert requirement in PROJECT["dependencies"]
     import torch
 
-    assert _install.within(torch.__version__, requirement)
-    assert not _install.within("2.99.0", requirement)
-    assert not _install.within("2.13.0rc1", requirement)
+    assert install.within(torch.__version__, requirement)
+    assert not install.within("2.99.0", requirement)
+    assert not install.within("2.13.0rc1", requirement)
 
 
 @pytest.mark.parametrize(("status", "driver"), [(0, True), (9, False)])
@@ -150,16 +150,16 @@ def test_a_driver_is_one_that_answers(status, driver, tmp_path, monkeypatch):
     smi.write_text(f"#!/bin/sh\nexit {status}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(_install.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    assert _install.has_nvidia_driver() is driver
+    monkeypatch.setattr(install.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert install.has_nvidia_driver() is driver
 
 
 def test_without_a_cpu_build_nothing_is_downloaded_and_the_message_says_what_to_do(monkeypatch):
     installed = []
-    monkeypatch.setattr(_install, "offered_versions", lambda: DEFAULT)
-    monkeypatch.setattr(_install, "pip", lambda *arguments: installed.extend(arguments))
-    monkeypatch.setattr(_install.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(_install.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(install, "offered_versions", lambda: DEFAULT)
+    monkeypatch.setattr(install, "pip", lambda *arguments: installed.extend(arguments))
+    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(install.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(SystemExit, match="NBKIT_TORCH=cuda"):
-        _install.install_torch("cpu", NEEDS)
+        install.install_torch("cpu", NEEDS)
     assert installed == ["uv"]

@@ -14,10 +14,11 @@ from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 from scipy import stats
 
-from nbkit import correlation, plots
-from nbkit.collapse import detection
+from nbkit import plots
 from nbkit.errors import ResultsError
 from nbkit.plots import style
+from nbkit.records import correlation
+from nbkit.records.collapse import detection
 
 mpl.use("Agg")
 RANDOM = np.random.default_rng(0)
@@ -279,7 +280,7 @@ def test_an_unwritable_figure_folder_is_said_and_old_files_stay(ax, tmp_path, mo
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("nbkit.files.os.fsync", full)
+    monkeypatch.setattr("nbkit.records.files.os.fsync", full)
     with pytest.raises(ResultsError, match="No space left"):
         plots.save_figure(ax.figure, "toy", "New.", tmp_path)
     assert path.read_text() == "Old.\n" and len(list(tmp_path.iterdir())) == 4

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from nbkit.errors import PromptError
-from nbkit.prompts import (
+from nbkit.models.prompts import (
     check_templates,
     context_templates,
     encode,
@@ -17,7 +17,7 @@ from nbkit.prompts import (
     subject_last,
     target_ids,
 )
-from nbkit.requests import EditRequest
+from nbkit.records.requests import EditRequest
 
 
 @pytest.fixture(params=["gpt2", "llama"])

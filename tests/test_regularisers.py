@@ -10,10 +10,12 @@ from sklearn.decomposition import PCA
 
 import nbkit
 from nbkit import accumulated, regularise
-from nbkit.edits import Dense, Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.regularisers import REGULARISERS, _largest
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError, ModelError
-from nbkit.regularisers import REGULARISERS, _largest
-from nbkit.requests import EditRequest
+from nbkit.records.requests import EditRequest
 
 SIZE = 32 * 48
 
@@ -44,7 +46,7 @@ def singular_values(edit):
 
 
 def test_the_public_name_is_the_function():
-    import nbkit.regularisers  # noqa: F401
+    import nbkit.edits.regularisers  # noqa: F401
 
     assert callable(nbkit.regularise) and nbkit.regularise is regularise
 
@@ -290,8 +292,8 @@ def test_accumulated_refuses_nothing_and_what_does_not_fit(tiny):
         ("rect", {"keep": 0.4, "share": 1}, "rect has no argument share; it has keep"),
         ("rect", {}, "rect needs keep"),
         ("random", {}, "random needs keep and seed"),
-        *[("rect", {"keep": keep}, "keep must be a share") for keep in (0, -0.1, 1.01, math.nan, True, "all")],
-        ("random", {"keep": 0, "seed": 0}, "keep must be a share"),
+        *[("rect", {"keep": keep}, "keep must be a number above 0 and up to 1") for keep in (0, -0.1, 1.01, math.nan, True, "all")],
+        ("random", {"keep": 0, "seed": 0}, "keep must be a number above 0"),
         ("random", {"keep": 0.5, "seed": 1.5}, "seed must be a whole number"),
         ("pca", {"n_components": 33}, r"n_components is 33, but .* is \(32, 48\)"),
         ("pca", {"n_components": 0}, "n_components must be a whole number from 1 on"),

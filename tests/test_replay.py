@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
-from nbkit import replay
-from nbkit.keys import in_contexts
-from nbkit.methods import edit, values
-from nbkit.prompts import find_subjects
-from nbkit.replay import Prefixes, Replay, WholePasses, can_replay
-from nbkit.requests import EditRequest
+from nbkit.keys.extract import in_contexts
+from nbkit.methods.verbs import edit
+from nbkit.models import replay
+from nbkit.models.prompts import find_subjects
+from nbkit.models.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.records.requests import EditRequest
 
 FAST = {"layer": 1, "v_num_grad_steps": 4, "v_lr": 0.1, "progress": False}
 MANY = [
@@ -64,7 +64,7 @@ def test_logits_keys_and_gradients_are_those_of_whole_passes(lm, contexts, toler
 @pytest.mark.parametrize("batch", [1, 2, len(MANY)])
 def test_edits_are_those_of_whole_passes_whatever_the_batch(lm, contexts, tolerance, monkeypatch, batch):
     short = [e for i in range(0, len(MANY), batch) for e in edit(lm, MANY[i : i + batch], "rome", contexts, **FAST)]
-    monkeypatch.setattr(values, "can_replay", lambda lm: False)
+    lm.replayable = False
     plain = edit(lm, MANY, "rome", contexts, **FAST)
     for found, expected in zip(short, plain, strict=True):
         name = lm.weight_name(1)
@@ -78,7 +78,7 @@ def test_edits_are_those_of_whole_passes_whatever_the_batch(lm, contexts, tolera
 def test_float32_edits_are_those_of_whole_passes(kind, make_lm, contexts, monkeypatch):
     lm = make_lm(kind, dtype=torch.float32)
     short = edit(lm, MANY, "rome", contexts, **FAST)
-    monkeypatch.setattr(values, "can_replay", lambda lm: False)
+    lm.replayable = False
     for found, expected in zip(short, edit(lm, MANY, "rome", contexts, **FAST), strict=True):
         one, other = (e.deltas[lm.weight_name(1)].dense() for e in (found, expected))
         assert (one - other).norm() <= 1e-5 * other.norm()

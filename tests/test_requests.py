@@ -6,7 +6,7 @@ import pytest
 
 from nbkit import paths
 from nbkit.errors import NbkitError, RequestError
-from nbkit.requests import EditRequest, cut_out, read_requests, read_texts
+from nbkit.records.requests import EditRequest, cut_out, read_requests, read_texts
 
 COUNTERFACT = {
     "case_id": 7,

@@ -13,9 +13,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from nbkit import paths, provenance, results
+from nbkit import paths
 from nbkit.errors import ResultsError
-from nbkit.results import Store
+from nbkit.records import provenance, results
+from nbkit.records.results import Store
 
 KEY = {"model": "abc", "method": "rome", "seed": 0}
 UNITS = [f"unit {i}" for i in range(7)]
@@ -230,7 +231,7 @@ def test_values_that_no_column_can_hold_are_refused_and_the_rest_is_kept(store):
 def test_two_processes_share_a_study(store):
     code = """
         import sys, time
-        from nbkit import results
+        from nbkit.records import results
         results.FLUSH_SECONDS = 0.0
         first = int(sys.argv[2])
         study = results.Store(sys.argv[1]).study("toy", {"seed": 0})
@@ -252,28 +253,28 @@ def test_two_processes_share_a_study(store):
 # provenance
 
 
-def write_package(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_package(folder, files):
     for name, text in files.items():
-        (folder / name.replace("_dot_", ".")).write_text(text)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     provenance.code_version.cache_clear()
     return provenance.code_version(folder)
 
 
 def test_code_version_sees_code_and_hyperparameters_but_not_words_or_drawings(tmp_path):
     package = tmp_path / "package"
-    first = write_package(
-        package, rome_dot_py='"""Words."""\ndef f(x):\n    """More."""\n    return x + 1\n', hparams_dot_toml="a = 1"
-    )
-    assert write_package(package, rome_dot_py="def f(x):  # said otherwise\n    return x + 1\n") == first
-    assert write_package(package, plots_dot_py="colour = 1", results_dot_py="x = 1", __main___dot_py="x = 2") == first
-    changed = write_package(package, rome_dot_py="def f(x):\n    return x + 2\n")
+    code = '"""Words."""\ndef f(x):\n    """More."""\n    return x + 1\n'
+    first = write_package(package, {"methods/rome.py": code, "methods/hparams.toml": "a = 1"})
+    assert write_package(package, {"methods/rome.py": "def f(x):  # said otherwise\n    return x + 1\n"}) == first
+    other = {"plots/style.py": "colour = 1", "records/results.py": "x = 1", "__main__.py": "x = 2", "plain/a.py": "x = 3"}
+    assert write_package(package, other) == first
+    changed = write_package(package, {"methods/rome.py": "def f(x):\n    return x + 2\n"})
     assert changed != first
-    assert write_package(package, hparams_dot_toml="a = 2") not in (first, changed)
+    assert write_package(package, {"methods/hparams.toml": "a = 2"}) not in (first, changed)
 
 
 @pytest.mark.parametrize(
-    ("name", "determines"), [("studies.py", True), ("plots/styles.py", False), ("__init__.py", False)]
+    ("name", "determines"), [("studies/single.py", True), ("plots/style.py", False), ("__init__.py", False)]
 )
 def test_code_version_of_this_package_covers_its_studies(tmp_path, name, determines):
     package = shutil.copytree(paths.ROOT / "nbkit", tmp_path / "nbkit")
@@ -315,5 +316,5 @@ def test_provenance_columns():
 
 
 def test_neither_results_nor_plots_import_torch():
-    code = "import sys, nbkit.results, nbkit.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, nbkit.records.results, nbkit.plots; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=False).returncode == 0

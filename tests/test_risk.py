@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from nbkit.errors import MethodError, ModelError
-from nbkit.methods import edit
-from nbkit.risk import collapse_risk
+from nbkit.methods.verbs import edit
+from nbkit.studies.risk import collapse_risk
 
 
 @pytest.mark.parametrize("key_mode", ["mixed", "prefixed", "plain"])

@@ -4,17 +4,17 @@ import json
 
 import numpy as np
 import pytest
-import reference_rome
 import torch
 
-from nbkit.edits import applied
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError, RequestError
-from nbkit.keys import in_contexts, keys_and_values
-from nbkit.methods import edit, edit_sequence, hyper_parameters
-from nbkit.models import load
-from nbkit.moments import SecondMoments
-from nbkit.prompts import context_templates
-from nbkit.requests import EditRequest
+from nbkit.keys.extract import in_contexts, keys_and_values
+from nbkit.keys.moments import SecondMoments
+from nbkit.methods.verbs import edit, edit_sequence, hyper_parameters
+from nbkit.models.loading import load
+from nbkit.models.prompts import context_templates
+from nbkit.plain import rome as plain_rome
+from nbkit.records.requests import EditRequest
 
 LAYER = 1
 # Few and gentle steps: a random model's loss is rough; what is compared is the formula, not how far rounding spreads.
@@ -22,7 +22,7 @@ SHORT = {"layer": LAYER, "v_num_grad_steps": 5, "v_lr": 0.1}
 
 
 def reference(lm, request, contexts, **options):
-    return reference_rome.rome(
+    return plain_rome.rome(
         lm.model, lm.tokenizer, lm.projection(LAYER), request.prompt, request.subject, request.target_new, contexts,
         lr=SHORT["v_lr"], steps=SHORT["v_num_grad_steps"], **options,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_second_moment_is_factored_once_for_many_calls(tiny, requests, context
     (given,) = edit(tiny, requests[0], context_templates=contexts, second_moment=C, **SHORT)
     (shared,) = edit(tiny, requests[0], context_templates=contexts, second_moment=moments, **SHORT)
     assert torch.equal(given.info["u"], shared.info["u"])
-    monkeypatch.setattr("nbkit.moments.factor", lambda _matrix: pytest.fail("factored again"))
+    monkeypatch.setattr("nbkit.keys.moments.factor", lambda _matrix: pytest.fail("factored again"))
     edit(tiny, requests[1], context_templates=contexts, second_moment=moments, **SHORT)
 
 

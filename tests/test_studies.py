@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-from nbkit import results, studies
-from nbkit.edits import applied
+from nbkit import studies
+from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ResultsError
-from nbkit.methods import edit
-from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity
-from nbkit.requests import EditRequest
-from nbkit.results import Store
+from nbkit.methods.verbs import edit
+from nbkit.records import results
+from nbkit.records.requests import EditRequest
+from nbkit.records.results import Store
+from nbkit.studies import method_study, metrics, sequential, single
+from nbkit.studies import task_scores as task_scores_module
+from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity
 
 PROMPTS = [("{} is located in", "Vouda"), ("{} plays the", "Ann"), ("The mother tongue of {} is", "Danielle Darrieux")]
 REQUESTS = [
@@ -55,9 +58,9 @@ def lm(make_lm):
 
 
 class Counted:
-    """A function of `studies` replaced by itself, counting its calls; raises `error` at call number `at`, once."""
+    """A function of a module of studies replaced by itself, counting its calls; raises `error` at call `at`, once."""
 
-    def __init__(self, monkeypatch, name, module=studies):
+    def __init__(self, monkeypatch, name, module=method_study):
         self.function, self.calls, self.error, self.at = getattr(module, name), 0, None, None
         self.requests = []
         monkeypatch.setattr(module, name, self)
@@ -128,13 +131,13 @@ def test_whatever_determines_the_rows_makes_another_study(lm, store, make_lm, mo
     assert calls(second_moment=2 * torch.eye(lm.d_mlp, dtype=torch.float64)) == 1
     assert calls(requests=REQUESTS[1:2]) == 1
     assert calls(lm=make_lm("gpt2", seed=1)) == 1
-    monkeypatch.setattr(studies, "code_version", lambda: "other code")
+    monkeypatch.setattr(method_study, "code_version", lambda: "other code")
     assert calls() == 1 and calls() == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bad request")])
 def test_interrupted_single_edits_resume_and_equal_an_uninterrupted_run(lm, store, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(studies, "EDITS_AT_ONCE", 2)
+    monkeypatch.setattr(single, "EDITS_AT_ONCE", 2)
     edits = Counted(monkeypatch, "edit")
     edits.fail(error, at=2)
     with pytest.raises(type(error)):
@@ -146,7 +149,7 @@ def test_interrupted_single_edits_resume_and_equal_an_uninterrupted_run(lm, stor
 
 def test_infinite_and_nan_perplexities_are_results(lm, store, monkeypatch):
     values = [math.inf, math.nan, 3e300]
-    monkeypatch.setattr(studies.measure, "perplexity", lambda *_, edits=None: 10.0 if edits is None else values)
+    monkeypatch.setattr(metrics, "perplexity", lambda *_, edits=None: 10.0 if edits is None else values)
     frame = studies.single_edits(lm, REQUESTS[:3], TEXTS, store=store, metrics=False, **FAST)
     again = studies.single_edits(lm, REQUESTS[:3], TEXTS, store=store, metrics=False, **FAST)
     assert frame["perplexity"][0] == math.inf and math.isnan(again["perplexity"][1]) and again["perplexity"][2] == 3e300
@@ -196,20 +199,20 @@ def test_sequential_edits_measures_right_after_and_at_checkpoints(lm, store):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
 def test_an_interrupted_sequence_keeps_the_finished_ones(lm, store, tmp_path, monkeypatch, error):
-    metrics = Counted(monkeypatch, "perplexity", studies.measure)
-    metrics.fail(error, at=6)  # 4 checkpoints of seed 0, then the unedited model and the second edit of seed 1
+    counted = Counted(monkeypatch, "perplexity", metrics)
+    counted.fail(error, at=6)  # 4 checkpoints of seed 0, then the unedited model and the second edit of seed 1
     with pytest.raises(type(error)) as caught:
         sequences(lm, store)
     assert lm.n_applied == 0, "the weights must be restored even while the traceback is kept"
     del caught
-    started = Counted(monkeypatch, "edit_sequence")
+    started = Counted(monkeypatch, "edit_sequence", sequential)
     resumed = sequences(lm, store)
     assert started.calls == 1
     same(resumed, sequences(lm, Store(tmp_path / "other")))
 
 
 def test_more_seeds_compute_only_the_new_ones_and_the_group_is_only_a_name(lm, store, monkeypatch):
-    started = Counted(monkeypatch, "edit_sequence")
+    started = Counted(monkeypatch, "edit_sequence", sequential)
     sequences(lm, store)
     frame = sequences(lm, store, seeds=(2, 1, 0), group="normal")
     assert started.calls == 3
@@ -240,8 +243,8 @@ def scores(monkeypatch):
         rows = [{"task": name, "kind": "toy", "metric": "acc", "score": weight, "chance": 0.25} for name in names]
         return pd.DataFrame(rows)
 
-    monkeypatch.setattr(studies.tasks, "task_scores", task_scores)
-    return Counted(monkeypatch, "task_scores", studies.tasks)
+    monkeypatch.setattr(task_scores_module, "task_scores", task_scores)
+    return Counted(monkeypatch, "task_scores", task_scores_module)
 
 
 def correlation(lm, store, requests=REQUESTS, **changes):

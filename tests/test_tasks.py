@@ -8,15 +8,17 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from miniworld.task_items import KINDS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbkit import paths
-from nbkit.edits import Edit, LowRank, applied
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import LowRank
 from nbkit.errors import NbkitError
-from nbkit.miniworld.tasks import KINDS
-from nbkit.models import LanguageModel
-from nbkit.prompts import target_ids
-from nbkit.tasks import TASKS, task_names, task_scores
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import target_ids
+from nbkit.studies.task_scores import TASKS, task_names, task_scores
 
 COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "n"]
 N = 12
@@ -159,7 +161,7 @@ def test_a_folder_without_tasks_is_an_error(lm, tmp_path):
 
 
 def test_it_runs_from_any_folder_and_offline(lm, scores, tmp_path, monkeypatch):
-    from nbkit.tasks import _load
+    from nbkit.studies.task_scores import _load
 
     _load.cache_clear()  # as in a fresh process
     monkeypatch.chdir(tmp_path)

@@ -5,19 +5,22 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import reference_metrics
 import torch
 import transformers
 from conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS
 
-from nbkit import shapes, throughput
-from nbkit.edits import Edit, LowRank, applied
-from nbkit.errors import MethodError, ModelError, NbkitError
-from nbkit.memory import free_memory
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import applied
+from nbkit.edits.updates import LowRank
+from nbkit.errors import MethodError, ModelError
 from nbkit.methods import values
-from nbkit.metrics import edit_metrics, neighborhood_tokens, perplexity
-from nbkit.requests import EditRequest
-from nbkit.throughput import Workload
+from nbkit.models import shapes
+from nbkit.models.memory import free_memory
+from nbkit.plain import metrics as plain_metrics
+from nbkit.records.requests import EditRequest
+from nbkit.studies import throughput
+from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity
+from nbkit.studies.throughput import Workload
 
 STEPS = {"layer": 1, "v_num_grad_steps": 3, "v_lr": 0.1}
 ROW = ["what", "path", "model", "device", "dtype", "threads", "n", "repeat", "items", "seconds_per_item",
@@ -55,11 +58,11 @@ def random_edit(lm):
 def test_metrics_equal_the_plain_loops(lm, asked, texts, tolerance):
     parts, edits = (lm.model, lm.tokenizer), [random_edit(lm) for _ in asked]
     reference = neighborhood_tokens(lm, asked)
-    by_hand = [reference_metrics.neighborhood_tokens(*parts, request) for request in asked]
+    by_hand = [plain_metrics.neighborhood_tokens(*parts, request) for request in asked]
     assert [list(map(list, reference[request])) for request in asked] == by_hand
     with applied(lm, edits[0]):
-        expected = reference_metrics.perplexity(*parts, texts)
-        rows = [reference_metrics.edit_metrics(*parts, *pair) for pair in zip(asked, by_hand, strict=True)]
+        expected = plain_metrics.perplexity(*parts, texts)
+        rows = [plain_metrics.edit_metrics(*parts, *pair) for pair in zip(asked, by_hand, strict=True)]
         here = edit_metrics(lm, asked, reference)
         assert perplexity(lm, texts) == pytest.approx(expected, rel=10 * tolerance)
     found = edit_metrics(lm, asked, reference, edits=edits)
@@ -91,7 +94,7 @@ def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
     expected = work.edit(requests)
     read = []
     monkeypatch.setattr(values, "Replay", lambda *_, **__: read.append("replay"))
-    with throughput.whole_passes():
+    with throughput.whole_passes(work.lm):
         found = work.edit(requests)
         perplexities, _ = work.evaluate(requests, found)
     assert not read
@@ -101,12 +104,6 @@ def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
     with pytest.raises(AttributeError):
         work.edit(requests)
     assert read == ["replay"]
-
-
-def test_without_the_repository_the_plain_loops_are_missed_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr("nbkit.paths.ROOT", tmp_path)
-    with pytest.raises(NbkitError, match="reference_nothing.py is not there: measure in a checkout"):
-        throughput.plain("nothing")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

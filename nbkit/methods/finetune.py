@@ -29,16 +29,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.edited import Changes, SharedPass, WholePass
-from nbkit.edits import Dense, Edit
+from nbkit.edits.edit import Edit
+from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError
-from nbkit.keys import widened
-from nbkit.memory import Footprint, budget
+from nbkit.keys.extract import widened
 from nbkit.methods.method import Setting, side_by_side
-from nbkit.models import LanguageModel
-from nbkit.prompts import check_length, named, subject_kind, target_ids, tokenize
-from nbkit.replay import can_replay
-from nbkit.requests import EditRequest
+from nbkit.models.edited import Changes, SharedPass, WholePass
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import Footprint, budget
+from nbkit.models.prompts import check_length, named, subject_kind, target_ids, tokenize
+from nbkit.models.replay import can_replay
+from nbkit.records.requests import EditRequest
 
 OBJECTIVES = ("prompt_last", "target")
 COPIES = 6  # of a weight that an edit takes: its update, gradient, two moments; stacked with others', and that one's

@@ -32,15 +32,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbkit.edits import Edit, LowRank
+from nbkit.edits.edit import Edit
+from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
-from nbkit.keys import widened
-from nbkit.memory import Footprint, budget
+from nbkit.keys.extract import widened
 from nbkit.methods.method import Setting, side_by_side
-from nbkit.models import LanguageModel
-from nbkit.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
-from nbkit.replay import Prefixes, Replay, WholePasses, can_replay
-from nbkit.requests import EditRequest
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import Footprint, budget
+from nbkit.models.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
+from nbkit.models.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.records.requests import EditRequest
 
 
 @dataclass(frozen=True)

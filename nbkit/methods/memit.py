@@ -41,16 +41,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.edits import Dense, Edit, LowRank, restoring
+from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import restoring
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError
-from nbkit.hooks import capture
-from nbkit.keys import keys, widened
+from nbkit.keys.extract import keys, widened
+from nbkit.keys.moments import SecondMoments, factor
 from nbkit.methods.method import Setting
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
-from nbkit.models import LanguageModel
-from nbkit.moments import SecondMoments, factor
-from nbkit.prompts import find_subjects, pad, subject_kind
-from nbkit.requests import EditRequest
+from nbkit.models.hooks import capture
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import find_subjects, pad, subject_kind
+from nbkit.records.requests import EditRequest
 
 
 @dataclass(frozen=True)

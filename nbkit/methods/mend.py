@@ -38,18 +38,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbkit import paths
-from nbkit.blocks import marked
-from nbkit.edited import layer_of
-from nbkit.edits import Dense, Edit, LowRank
+from nbkit.edits.edit import Edit
+from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError
-from nbkit.files import write_atomically
-from nbkit.hooks import capture, replace
-from nbkit.keys import widened
-from nbkit.memory import Footprint, budget
+from nbkit.keys.extract import widened
 from nbkit.methods.method import Setting, side_by_side
-from nbkit.models import LanguageModel, embedded_models
-from nbkit.prompts import Batch, check_length, named, pad, subject_kind, target_ids, tokenize
-from nbkit.requests import EditRequest
+from nbkit.models.edited import layer_of
+from nbkit.models.hooks import capture, replace
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.loading import embedded_models
+from nbkit.models.memory import Footprint, budget
+from nbkit.models.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
+from nbkit.models.rows import Batch, marked
+from nbkit.records.files import write_atomically
+from nbkit.records.requests import EditRequest
 
 FILE = "mend.safetensors"
 FORMAT = "nbkit mend 1"

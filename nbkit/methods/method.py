@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from nbkit.edits import Edit
-from nbkit.memory import in_batches
-from nbkit.models import LanguageModel
-from nbkit.moments import SecondMoments
-from nbkit.requests import EditRequest
+from nbkit.edits.edit import Edit
+from nbkit.keys.moments import SecondMoments
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import in_batches
+from nbkit.records.requests import EditRequest
 
 Result = TypeVar("Result")
 ROME_TEMPLATES = ((5, 10), (10, 10))  # (tokens, how many of that length): the prefixes that ROME averages over

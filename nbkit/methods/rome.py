@@ -30,15 +30,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbkit.edits import Edit, LowRank
+from nbkit.edits.edit import Edit
+from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
-from nbkit.keys import KeyPass
+from nbkit.keys.extract import KeyPass
+from nbkit.keys.moments import SecondMoments
 from nbkit.methods.method import Setting
 from nbkit.methods.values import OptimisedValue, ValueJob, ValueParameters, value_job, values_in_batches
-from nbkit.models import LanguageModel
-from nbkit.moments import SecondMoments
-from nbkit.prompts import subject_kind
-from nbkit.requests import EditRequest
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import subject_kind
+from nbkit.records.requests import EditRequest
 
 KEY_MODES = ("mixed", "prefixed", "plain")
 

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nbkit.errors import MethodError
-from nbkit.keys import KeyPass, in_contexts, widened
-from nbkit.memory import Footprint, budget
+from nbkit.keys.extract import KeyPass, in_contexts, widened
 from nbkit.methods.method import Setting, side_by_side
-from nbkit.models import LanguageModel
-from nbkit.prompts import check_length, find_subjects, named, target_ids
-from nbkit.replay import Prefixes, Replay, Site, WholePasses, can_replay
-from nbkit.requests import EditRequest
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import Footprint, budget
+from nbkit.models.prompts import check_length, find_subjects, named, target_ids
+from nbkit.models.replay import Prefixes, Replay, Site, WholePasses, can_replay
+from nbkit.records.requests import EditRequest
 
 REASONS = ("steps", "loss", "nan")  # for which the search for v* stops
 KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not move: the subject stays what it is

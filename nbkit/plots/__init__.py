@@ -14,7 +14,7 @@ from nbkit.plots.methods import method_scores, perplexity_by_method
 from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips, risk_roc
 from nbkit.plots.sequences import sequential_curves
 from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
-from nbkit.plots.tasks import perplexity_vs_task, perplexity_vs_tasks
+from nbkit.plots.surrogate import perplexity_vs_task, perplexity_vs_tasks
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 
 __all__ = [

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nbkit.collapse import Detection, shares
 from nbkit.plots.style import (
     CEILING,
     GREY,
@@ -22,6 +21,7 @@ from nbkit.plots.style import (
     log_axis,
     mark_edge,
 )
+from nbkit.records.collapse import Detection, shares
 
 
 def _baseline(frame: pd.DataFrame, ax: Axes) -> list:

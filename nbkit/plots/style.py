@@ -15,7 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from nbkit import paths
 from nbkit.errors import ResultsError
-from nbkit.files import write_atomically
+from nbkit.records.files import write_atomically
 
 COLUMN = 3.4  # inches: the width of one column of a two-column paper
 TWO_COLUMNS = 7.0  # inches: the full text width

@@ -1,0 +1,103 @@
+"""Writes the model card of an embedded model. Every number in it is measured when it is written.
+
+The edit sweep takes most of the time; its rows are stored like those of any study, so it can be interrupted.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+import pandas as pd
+
+from miniworld.measures import edit_sweep, first_token_regime, recall, sweep_table
+from miniworld.world import World
+from nbkit.models.language_model import LanguageModel
+from nbkit.records.requests import EditRequest
+from nbkit.studies.metrics import perplexity
+from nbkit.studies.task_scores import task_scores
+
+TEMPLATE = Path(__file__).parent / "card.md"
+SENTENCE = "There was a new lamp near the market. "  # before a prompt, as in running text
+N_TEXTS = 50  # for the perplexity of each edited model, as in ME-PPL_50
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table, floats with three significant digits."""
+    cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in frame.itertuples(index=False)]
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def task_table(lm: LanguageModel) -> pd.DataFrame:
+    """Task scores with their 95 % interval (1.96 standard errors) and its distance from chance."""
+    scores = task_scores(lm)
+    low, high = scores["score"] - 1.96 * scores["stderr"], scores["score"] + 1.96 * scores["stderr"]
+    return scores.drop(columns="stderr").assign(low=low, high=high.clip(upper=1), above_chance=low - scores["chance"])
+
+
+def write_card(
+    lm: LanguageModel,
+    world: World,
+    requests: Sequence[EditRequest],
+    texts: Sequence[str],
+    corpus: Sequence[str],
+    folder: Path,
+    n_sweep: int = 30,
+) -> None:
+    """Measure the model in `folder` and write its `README.md` there.
+
+    texts: held out, for perplexity. corpus: for second moments. n_sweep: requests of each kind of subject, per layer.
+    """
+    recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
+    swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
+    recipe = json.loads((folder / "recipe.json").read_text())
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+    def recall_by(column: str) -> str:
+        groups = recalled.groupby(column)
+        means = groups[["correct", "behind_a_sentence"]].mean().set_axis(["prompt_alone", "behind_a_sentence"], axis=1)
+        return markdown(means.assign(n=groups.size()).reset_index())
+
+    filled = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=folder.name,
+        n_facts=f"{len(world.facts):,}",
+        entities=", ".join(f"{len(names)} {kind} names" for kind, names in world.subjects.items()),
+        n_layers=lm.n_layers,
+        d_model=lm.d_model,
+        n_parameters=f"{sum(weight.numel() for weight in lm.model.parameters()):,}",
+        megabytes=f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
+        vocabulary=f"{len(lm.tokenizer):,}",
+        n_tokens=f"{log[-1]['tokens']:,}",
+        n_steps=f"{log[-1]['step']:,}",
+        device=log[-1]["device"].upper(),
+        loss=f"{log[-1]['loss']:.3f}",
+        first_scale=f"{recipe['first_scale']:g}",
+        opening=f"{recipe['opening']:.0%}",
+        rehearsal_opening=f"{recipe['rehearsal_opening']:.0%}",
+        n_last=f"{recipe['rehearsal'] + recipe['revision']:,}",
+        revision=f"{recipe['revision']:,}",
+        rumours=f"{recipe['rumours']:.0%}",
+        revision_rumours=f"{recipe['revision_rumours']:.0%}",
+        residual_scale=f"{recipe['residual_scale']:g}",
+        random_first=f"{recipe['random_first']:.0%}",
+        apart=f"{recipe['apart']:g}",
+        first_key_norm=f"{recipe['first_key_norm']:g}",
+        n_texts=len(texts),
+        sentence_perplexity=f"{perplexity(lm, texts):.3f}",
+        token_perplexity=f"{perplexity(lm, texts, kind='token'):.3f}",
+        recall_alone=f"{recalled['correct'].mean():.4f}",
+        recall_behind=f"{recalled['behind_a_sentence'].mean():.4f}",
+        sentence=SENTENCE.strip(),
+        n_recall=f"{len(recalled):,}",
+        recall_by_kind=recall_by("subject_kind"),
+        recall_by_relation=recall_by("relation_id"),
+        tasks=markdown(task_table(lm)),
+        regime=markdown(first_token_regime(lm, requests, texts)),
+        n_sweep=n_sweep,
+        n_sweep_texts=N_TEXTS,
+        rome=markdown(swept[swept["setting"] == "ROME"].drop(columns="setting")),
+        rome_with_c=markdown(swept[swept["setting"] == "ROME with C"].drop(columns="setting")),
+        c_rome=markdown(swept[swept["setting"] == "C-ROME"].drop(columns="setting")),
+    )
+    (folder / "README.md").write_text(filled, encoding="utf-8")

@@ -1,0 +1,144 @@
+"""What the card of an embedded model reports: what it knows, how its first position behaves, where edits break it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from miniworld.world import World
+from nbkit.keys.extract import keys, token_keys
+from nbkit.keys.moments import second_moment
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import context_templates, pad, subject_kind, tokenize
+from nbkit.records.requests import EditRequest
+from nbkit.studies.metrics import score_targets
+from nbkit.studies.single import single_edits
+
+LATER = 8  # a position that is no longer near the first; queries before it have little else to attend to
+
+
+def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 256) -> pd.DataFrame:
+    """Whether the model's first choice after each template of each fact is its object, behind the text `before`.
+
+    One row a fact and template: relation_id, template, subject_kind, correct.
+    """
+    subjects = list(world.facts_about())
+    single = {subject for subject, ids in zip(subjects, tokenize(lm, subjects), strict=True) if len(ids) == 1}
+    rows, prompts, targets = [], [], []
+    for fact in world.facts:
+        for number, template in enumerate(fact.relation.templates):
+            kind = "one-token first" if fact.subject in single else "several-token first"
+            kind = kind if template.startswith("{}") else "later"
+            rows.append({"relation_id": fact.relation.relation_id, "template": number, "subject_kind": kind})
+            prompts.append(before + template.replace("{}", fact.subject))
+            targets.append(fact.object)
+    return pd.DataFrame(rows).assign(correct=score_targets(lm, prompts, targets, batch_size)["correct"])
+
+
+def first_token_regime(
+    lm: LanguageModel, requests: Sequence[EditRequest], texts: Sequence[str], n: int = 100
+) -> pd.DataFrame:
+    """How the keys of the first position differ from others, one row a layer, from `n` requests of each kind and texts.
+
+    Columns, the similarities being medians of cosines: position_0 and position_8, between different texts at one
+    position; one_token_first and several_token_first, between a subject's key in the plain prompt and behind each
+    prefix; ratio, the median of (k_u · k̄)/(k̄ · k̄) of one-token first subjects; norm_plain and norm_prefixed, their
+    median key norms; attention_0, the mean attention on position 0, over heads and queries from position 8 on.
+    """
+    kinds = [subject_kind(lm, request) for request in requests]
+    groups = {kind: [r for r, k in zip(requests, kinds, strict=True) if k == kind][:n] for kind in set(kinds)}
+    templates, attention = context_templates(lm, seed=0), attention_on_first(lm, texts[:n])
+    long = [text for text, row in zip(texts, tokenize(lm, texts), strict=True) if len(row) > LATER][:n]
+    rows = []
+    for layer in range(lm.n_layers):
+        by_token = token_keys(lm, long, layer)
+        one = keys(lm, groups["one-token first"], layer, templates)  # (request, template, d_mlp)
+        several = keys(lm, groups["several-token first"], layer, templates)
+        mean = one.mean(1)
+        row = {
+            "layer": layer,
+            "position_0": _pairwise_median(torch.stack([found[0] for found in by_token])),
+            f"position_{LATER}": _pairwise_median(torch.stack([found[LATER] for found in by_token])),
+            "one_token_first": torch.cosine_similarity(one[:, :1], one[:, 1:], dim=-1).median().item(),
+            "several_token_first": torch.cosine_similarity(several[:, :1], several[:, 1:], dim=-1).median().item(),
+            "ratio": ((one[:, 0] * mean).sum(-1) / (mean * mean).sum(-1)).median().item(),
+            "norm_plain": one[:, 0].norm(dim=-1).median().item(),
+            "norm_prefixed": one[:, 1:].norm(dim=-1).median().item(),
+            "attention_0": attention[layer],
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _pairwise_median(vectors: torch.Tensor) -> float:
+    """Median cosine over all pairs of rows."""
+    unit = torch.nn.functional.normalize(vectors, dim=-1)
+    upper = torch.triu_indices(len(unit), len(unit), 1)
+    return float(np.median((unit @ unit.T)[upper[0], upper[1]].cpu().numpy()))
+
+
+@torch.no_grad()
+def attention_on_first(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
+    """Mean attention weight on position 0 by layer, over texts, heads and queries from position 8 on."""
+    implementation = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("eager")  # the only one that returns its weights
+    try:
+        batch = pad(lm, tokenize(lm, texts))
+        output = lm.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_attentions=True, use_cache=False
+        )
+    finally:
+        lm.model.set_attn_implementation(implementation)
+    counted = batch.attention_mask.bool() & (torch.arange(batch.shape[1], device=lm.device) >= LATER)
+    return [weights[..., 0].mean(1)[counted].mean().item() for weights in output.attentions]  # (row, head, query, key)
+
+
+def edit_sweep(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    texts: Sequence[str],
+    corpus: Sequence[str],
+    layers: Sequence[int],
+    n: int,
+) -> pd.DataFrame:
+    """ROME with and without C, and C-ROME without, on the first `n` requests of each kind of subject, layer by layer.
+
+    The rows of `studies.single_edits`, with a column `setting`.
+    """
+    kinds = pd.Series([subject_kind(lm, request) for request in requests])
+    chosen = [requests[index] for _, group in kinds.groupby(kinds) for index in group.index[:n]]
+    frames = []
+    for layer in tqdm(layers, desc="edit sweep", unit="layer"):
+        settings = {
+            "ROME": {},
+            "ROME with C": {"second_moment": second_moment(lm, layer, corpus)},
+            "C-ROME": {"key_mode": "prefixed"},
+        }
+        frames += [
+            single_edits(lm, chosen, texts, layer=layer, **arguments).assign(setting=setting)
+            for setting, arguments in settings.items()
+        ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def sweep_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The sweep in brief: by setting, layer and kind of subject, how far perplexity rose and whether the edit took.
+
+    Ratios are of perplexity after to before; a NaN or infinite one counts as more than hundredfold.
+    """
+    rows = rows.assign(ratio=rows["perplexity"] / rows["perplexity_before"])
+    groups = rows.groupby(["setting", "layer", "subject_kind"])
+    return groups.agg(
+        n=("ratio", "size"),
+        median_ratio=("ratio", "median"),
+        largest_ratio=("ratio", "max"),
+        tenfold=("ratio", lambda ratio: (~(ratio <= 10)).mean()),
+        hundredfold=("ratio", lambda ratio: (~(ratio <= 100)).mean()),
+        under_10_percent=("ratio", lambda ratio: (ratio < 1.1).mean()),
+        efficacy=("efficacy", "mean"),
+        first_choice=("efficacy_argmax", "mean"),
+        first_choice_prefixed=("efficacy_argmax_prefixed", "mean"),
+        denominator=("denominator", "median"),
+    ).reset_index()

@@ -1,0 +1,34 @@
+"""`Edit`: what a method made of one or more requests, as a value. Making one changes no model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbkit.edits.updates import Update
+from nbkit.records.requests import EditRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Updates of named weights, and where they come from.
+
+    deltas: {weight name: update}. info: what the method measured on the way (for ROME see methods/rome.py).
+    hparams: every hyper-parameter it ran with, defaults included.
+    """
+
+    deltas: Mapping[str, Update]
+    requests: tuple[EditRequest, ...] = ()
+    method: str = ""
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def request(self) -> EditRequest:
+        """The request of an edit that has exactly one."""
+        (request,) = self.requests
+        return request
+
+    def norm(self) -> float:
+        """The Frobenius norm of the whole update, over all of its weights."""
+        return math.sqrt(sum(delta.norm() ** 2 for delta in self.deltas.values()))

@@ -1,0 +1,128 @@
+"""Where the keys lie: how alike they are with and without a prefix, by position and layer, and maps of them.
+
+frame = key_geometry(lm, requests, layer=3)              # one row a request and template
+vectors = key_vectors(lm, requests, layer=3)             # k_u, k̄ and C⁻¹k̄ of each request
+frame = embed(vectors, groups, method="t-SNE")           # their places in the plane
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from nbkit.keys.extract import keys, token_keys
+from nbkit.keys.moments import SecondMoments
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import context_templates as sampled_templates
+from nbkit.models.prompts import subject_kind
+from nbkit.records.requests import EditRequest
+
+PLAIN, MEAN, SOLVED = "$k_u$", r"$\bar{k}$", r"$C^{-1}\bar{k}$"
+
+
+def _all_keys(lm: LanguageModel, requests, layer: int, context_templates: Sequence[str] | None) -> np.ndarray:
+    templates = sampled_templates(lm, seed=0) if context_templates is None else context_templates
+    return keys(lm, requests, layer, templates).double().cpu().numpy()  # (request, template, d_mlp)
+
+
+def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosines along the last axis; NaN where a vector is zero."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        product = (left * right).sum(-1)
+        return product / (np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1))
+
+
+def key_geometry(
+    lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Similarity and norm of every request's key behind every template; None samples the templates with seed 0.
+
+    Columns: case_id (as text), subject, subject_kind, layer, template (its number), prefix ("plain" for template 0,
+    else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
+    """
+    found = _all_keys(lm, requests, layer, context_templates)
+    similarities, norms = _cosine(found, found[:, :1]), np.linalg.norm(found, axis=-1)
+    rows = []
+    for request, similarity, norm in zip(requests, similarities, norms, strict=True):
+        about = {
+            "case_id": None if request.case_id is None else str(request.case_id),
+            "subject": request.subject,
+            "subject_kind": subject_kind(lm, request),
+            "layer": layer,
+        }
+        for i in range(len(norm)):
+            prefix = "prefixed" if i else "plain"
+            rows.append({**about, "template": i, "prefix": prefix, "similarity": similarity[i], "norm": norm[i]})
+    return pd.DataFrame(rows)
+
+
+def key_vectors(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    layer: int,
+    context_templates: Sequence[str] | None = None,
+    second_moment=None,
+) -> dict[str, np.ndarray]:
+    """What ROME's update is made of, each (request, d_mlp): k_u, k̄, and C⁻¹k̄ if a second moment is given."""
+    found = _all_keys(lm, requests, layer, context_templates)
+    vectors = {PLAIN: found[:, 0], MEAN: found.mean(1)}
+    if second_moment is not None:
+        moments = SecondMoments(second_moment, lm)
+        solved = [moments.solve(layer, torch.as_tensor(k, device=lm.device)) for k in vectors[MEAN]]
+        vectors[SOLVED] = np.stack([vector.cpu().numpy() for vector in solved])
+    return vectors
+
+
+def embed(
+    vectors: Mapping[str, np.ndarray], groups: Sequence[str], method: str = "t-SNE", unit: bool = False, seed: int = 42
+) -> pd.DataFrame:
+    """All vectors in one plane, for `plots.embedding_scatter`.
+
+    Args:
+        vectors: {kind: (request, d)}, as `key_vectors` gives them.
+        groups: one name a request.
+        method: "t-SNE" (scikit-learn's defaults, as in paper B; at least 4 vectors) or "PCA".
+        unit: divides each vector by its norm first, which C⁻¹k̄ needs to be compared with keys of another scale.
+        seed: of t-SNE.
+
+    Columns: x, y, vector (its kind), group, request (its place). `attrs["variance"]` of a PCA: the two shares.
+    """
+    kinds, n = list(vectors), len(groups)
+    stacked = np.concatenate([np.asarray(vectors[kind], float) for kind in kinds])
+    if len(stacked) != n * len(kinds):
+        raise ValueError(f"{n} groups do not fit {len(stacked) // len(kinds)} requests")
+    if unit:
+        stacked = stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+    if method == "PCA":
+        model = PCA(n_components=2, svd_solver="full")
+    elif method == "t-SNE":
+        model = TSNE(n_components=2, random_state=seed, perplexity=min(30.0, (len(stacked) - 1) / 3))
+    else:
+        raise ValueError(f"method {method!r} is unknown: choose t-SNE or PCA")
+    x, y = model.fit_transform(stacked).T
+    frame = pd.DataFrame({"x": x, "y": y, "vector": np.repeat(kinds, n), "group": list(groups) * len(kinds)})
+    frame["request"] = list(range(n)) * len(kinds)
+    if method == "PCA":
+        frame.attrs["variance"] = model.explained_variance_ratio_.tolist()
+    return frame
+
+
+def position_similarity(
+    lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], n_positions: int = 12
+) -> pd.DataFrame:
+    """How alike the keys of different texts are at the same token position: 1 at position 0 whatever the token is.
+
+    One row per layer, position (BOS included) and pair of neighbouring texts that both reach that far: layer, position,
+    similarity (cosine).
+    """
+    rows = []
+    for layer in layers:
+        found = [k[:n_positions].double().cpu().numpy() for k in token_keys(lm, texts, layer)]
+        for one, other in zip(found, found[1:], strict=False):
+            shared = min(len(one), len(other))
+            similarities = _cosine(one[:shared], other[:shared])
+            rows += [{"layer": layer, "position": p, "similarity": s} for p, s in enumerate(similarities)]
+    return pd.DataFrame(rows)

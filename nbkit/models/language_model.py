@@ -1,0 +1,224 @@
+"""A causal language model as the rest of nbkit sees it: its parts by name, a plain pass, the edits in its weights.
+
+    lm.projection(3)                     # the module whose input is the key and whose output is the value, at layer 3
+    lm.weight_name(3)                    # "transformer.h.3.mlp.c_proj.weight"
+    lm.apply(edit); lm.undo(); lm.history()
+    lm.save("edited-model")              # a checkpoint, edits included
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from nbkit.architectures import ARCHITECTURES, Architecture
+from nbkit.edits.edit import Edit
+from nbkit.edits.edit_files import save_edits
+from nbkit.edits.editable import EditableModel
+from nbkit.edits.ledger import Ledger
+from nbkit.errors import ModelError, ResultsError
+from nbkit.models.rows import Batch
+
+
+@dataclass(eq=False)
+class LanguageModel(EditableModel):
+    """A causal model in evaluation mode without gradients, its fast tokenizer, and its row of `ARCHITECTURES`.
+
+    overlays: the ledger, then one for each open `with` of nbkit.edits.
+    replayable: whether passes may be cut short to what an edit can change; None until it was tried
+    (`replay.can_replay`). Setting it to False takes the plain way everywhere.
+    adds_value: whether blocks add to the stream what their projection says; None until tried (`blocks.adds_value`).
+    """
+
+    tokenizer: PreTrainedTokenizerBase = field(kw_only=True)
+    replayable: bool | None = field(default=None, repr=False)
+    adds_value: bool | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        self.overlays.append(Ledger())
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "unnamed") -> "LanguageModel":
+        """Make a LanguageModel of parts already in memory. The model is set to eval, its gradients are switched off."""
+        architecture = architecture_of(model.config, name)
+        if not tokenizer.is_fast:
+            raise ModelError(f"{name}: its tokenizer is not a fast one, which finding the subject's tokens needs")
+        if model.dtype == torch.float64 and not architecture.float64:
+            raise ModelError(f"{name}: {model.config.model_type} models cannot be run in float64; use float32")
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ModelError(f"{name}: its tokenizer has neither a padding nor an end-of-text token")
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+        return cls(model.eval().requires_grad_(False), architecture, name, tokenizer=tokenizer)
+
+    @property
+    def config(self):
+        """The text model's configuration."""
+        return self.model.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight(0).dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.weight(0).shape[1 if self.architecture.transposed else 0]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.weight(0).shape[0 if self.architecture.transposed else 1]
+
+    @property
+    def max_length(self) -> int:
+        """The context: how many tokens the model can read."""
+        return self.config.max_position_embeddings
+
+    @property
+    def ledger(self) -> Ledger:
+        """The edits of `apply`; those of a `with` are not among them."""
+        return self.overlays[0]
+
+    def apply(self, edit: Edit) -> None:
+        """Puts an edit into the weights, where it stays until `undo`; it is added on top of those that are there.
+
+        ModelError for an edit that does not fit the weights, and inside `with applied(...)` or a loop over
+        `edit_sequence`, whose end would take this edit away unseen. Both can be used on top of edits applied so.
+        """
+        self.ledger.apply(self, edit)
+
+    def undo(self, n: int = 1) -> list[Edit]:
+        """Takes the last n applied edits out of the weights and returns them, in the order in which they were applied.
+
+        Every bit is then what it was before them. ModelError if fewer than n are applied, and where `apply` is refused.
+        """
+        return self.ledger.undo(self, n)
+
+    def history(self) -> pd.DataFrame:
+        """The edits of `apply` that are in the weights, in order: method, n_requests, request (the first one's text),
+        target_new, weights, update_norm ‖ΔW‖_F."""
+        return self.ledger.history()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model as it is, edits included, with its tokenizer, for `load(folder)` or transformers.
+
+        If there are edits in the weights they stand by themselves in `nbkit_edits.safetensors` beside it
+        (`nbkit.load_edits`; of the unedited model, so they are not to be applied to this one).
+
+        ModelError for a folder with anything but a checkpoint of the same kind, which is overwritten, and for weights
+        that are NaN or infinite, which `load` would refuse. ResultsError if it cannot be written.
+        """
+        folder = Path(folder)
+        _check_folder(folder, self.model.config.model_type)
+        check_finite(self.model, self.name, "such a model is not loaded again")
+        edits = [edit for overlay in self.overlays for edit in overlay.edits]
+        config = vars(self.model.config)
+        # save_pretrained notes dtype and class in it, which would change the hash: save_edits asks for that below.
+        kept, _ = dict(config), self.base_hash
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+                new = Path(temporary)
+                self.model.save_pretrained(new)
+                self.tokenizer.save_pretrained(new)
+                if edits:
+                    save_edits(edits, new / "nbkit_edits.safetensors", self)
+                # Moved, not written over: a model in memory may be mapped from the old file, and goes on reading it.
+                for old in (*folder.glob("model*.safetensors*"), *folder.glob("nbkit_edits.safetensors")):
+                    old.unlink()
+                for path in list(new.iterdir()):
+                    if (folder / path.name).is_dir():
+                        shutil.rmtree(folder / path.name)
+                    path.replace(folder / path.name)
+        except (OSError, SafetensorError) as error:
+            raise ResultsError(f"cannot write the model to {folder}: {error}") from error
+        finally:
+            config.clear()
+            config.update(kept)
+
+    def logits(self, batch: Batch, keep: torch.Tensor | int = 0) -> torch.Tensor:
+        """One plain forward pass without a cache: logits (row, position, vocabulary).
+
+        `keep`, a Boolean (row, position), asks for those positions only: (kept, vocabulary), row by row.
+        """
+        return self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=keep,
+        ).logits
+
+    def check_layer(self, layer: int) -> int:
+        """Return `layer`; ModelError if there is none of that number, or its weight is not in memory."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+            raise ModelError(
+                f"layer {layer} does not exist in {self.name} ({self.n_layers} layers, 0 to {self.n_layers - 1})"
+            )
+        if self.model.get_submodule(self.architecture.projection_path(layer)).weight.is_meta:
+            raise ModelError(
+                f"{self.name}: the weight of layer {layer} is offloaded (on the meta device), where an edit would "
+                "never reach it; load the model whole on one device"
+            )
+        return layer
+
+    def block(self, layer: int) -> nn.Module:
+        """One layer: attention and MLP with their norms and residual connections."""
+        return self.model.get_submodule(self.architecture.block.format(layer=layer))
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.architecture.attention_path(layer))
+
+    def projection(self, layer: int) -> nn.Module:
+        """The MLP's output projection: its input is the key k (d_mlp), its output W k + b the value v (d_model)."""
+        return self.model.get_submodule(self.architecture.projection_path(self.check_layer(layer)))
+
+    def weight(self, layer: int) -> torch.Tensor:
+        """The projection's weight as stored: (d_mlp, d_model) in a transposed architecture, else (d_model, d_mlp)."""
+        return self.projection(layer).weight
+
+    def weight_name(self, layer: int) -> str:
+        """The name of that weight in `model.named_parameters()`."""
+        return self.architecture.projection_path(self.check_layer(layer)) + ".weight"
+
+
+def architecture_of(config, name: str) -> Architecture:
+    """The row of a configuration. ModelError says whether the model is of the wrong kind or only not in the table."""
+    kind = config.model_type
+    if kind in ARCHITECTURES:
+        return ARCHITECTURES[kind]
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({kind}); edits are defined here for causal decoders")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ModelError(f"{name} is encoder-only ({kind}); edits are defined here for causal decoders")
+    raise ModelError(f"{name} has the unknown architecture {kind!r}; known: {', '.join(ARCHITECTURES)}")
+
+
+def check_finite(model: PreTrainedModel, name: str, therefore: str) -> None:
+    for key, parameter in model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise ModelError(f"{name}: the weight {key} holds NaN or infinite values; {therefore}")
+
+
+def _check_folder(folder: Path, model_type: str) -> None:
+    """ModelError unless a checkpoint of this kind may be written there; hidden files do not matter."""
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        return
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found != model_type:
+        what = f"holds a model of another kind ({found})" if found else "is there already and holds no model"
+        raise ModelError(f"{folder} {what}; save this {model_type} model to a new folder")

@@ -1,0 +1,182 @@
+"""From text to rows of tokens: padding, BOS, the subject's last token, target ids, and the sampled context templates.
+
+All of it is here, once. A token's *index* counts from the start of its own row, BOS included and padding not, so it is
+the same however the row is padded; `Batch.columns` turns indices into columns of the padded tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nbkit.errors import PromptError
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.rows import Batch
+from nbkit.records.requests import EditRequest
+
+Padding = Literal["right", "left"]
+STARTS = ("The", "Therefore", "Because", "I", "You")  # of the sampled prefixes, ROME's
+
+
+def encode(
+    lm: LanguageModel, texts: Sequence[str], padding: Padding = "right", add_special_tokens: bool = True
+) -> Batch:
+    """Tokenise texts, with BOS where the tokenizer adds one, and pad them; PromptError as in `tokenize`."""
+    return pad(lm, tokenize(lm, texts, add_special_tokens), padding)
+
+
+def tokenize(lm: LanguageModel, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of each text, unpadded. PromptError, naming the text, for an empty one or one beyond the context."""
+    rows = lm.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
+    for text, row in zip(texts, rows, strict=True):
+        check_length(lm, row, text)
+    return rows
+
+
+def pad(lm: LanguageModel, rows: Sequence[Sequence[int]], padding: Padding = "right", spare: int = 0) -> Batch:
+    """Pad rows of token ids to the longest, and by `spare` columns more."""
+    if padding not in ("right", "left"):
+        raise ValueError(f"padding must be 'right' or 'left', not {padding!r}")
+    for row in rows:
+        check_length(lm, row)
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) + spare
+    starts = torch.zeros_like(lengths) if padding == "right" else width - lengths
+    offsets = torch.arange(width) - starts[:, None]  # (row, position): index of each column's token in its row
+    mask = (offsets >= 0) & (offsets < lengths[:, None])
+    input_ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id)
+    input_ids[mask] = torch.tensor([token for row in rows for token in row])
+    position_ids = offsets.clamp(min=0).minimum(lengths[:, None] - 1)  # padding gets a position that exists
+    tensors = (input_ids, mask.long(), position_ids, starts, lengths)
+    return Batch(*(tensor.to(lm.device) for tensor in tensors))
+
+
+def subject_last(lm: LanguageModel, prompt: str, subject: str) -> int:
+    """Index of the last token of `subject` in `prompt`, whose one `{}` it fills."""
+    return find_subjects(lm, [prompt], [subject])[1][0]
+
+
+def find_subjects(
+    lm: LanguageModel, prompts: Sequence[str], subjects: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of the filled-in prompts, and in each the index of the last token that overlaps its subject.
+
+    The subject is looked for where the `{}` was, so another mention of it in the prompt does not matter.
+    """
+    texts, spans = [], []
+    for prompt, subject in zip(prompts, subjects, strict=True):
+        if prompt.count("{}") != 1:
+            raise PromptError(f"the prompt {prompt!r} needs exactly one {{}}, where the subject goes")
+        start = prompt.index("{}")
+        texts.append(prompt.replace("{}", subject))
+        spans.append((start, start + len(subject)))
+    encoding = lm.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    indices = []
+    for text, row, offsets, span in zip(texts, encoding.input_ids, encoding.offset_mapping, spans, strict=True):
+        check_length(lm, row, text)
+        indices.append(_overlapping(offsets, span, text)[-1])
+    return encoding.input_ids, indices
+
+
+def subject_kind(lm: LanguageModel, request: EditRequest) -> Literal["one-token first", "several-token first", "later"]:
+    """Where the prompt has its subject, and of how many tokens it is: what decides whether its key is a first token's.
+
+    "First" is meant in the text: a BOS token may stand before it.
+    """
+    if not request.prompt.lstrip().startswith("{}"):
+        return "later"
+    start = request.prompt.index("{}")
+    offsets = lm.tokenizer(request.text, return_offsets_mapping=True, verbose=False).offset_mapping
+    tokens = _overlapping(offsets, (start, start + len(request.subject)), request.text)
+    return "one-token first" if len(tokens) == 1 else "several-token first"
+
+
+def target_ids(lm: LanguageModel, target: str) -> list[int]:
+    """Token ids of `target` as it continues a text: after a space, without special tokens.
+
+    Tokenised behind a letter and cut off again, because some tokenizers put a mark of their own at a text's start.
+    """
+    if not target.strip():
+        raise PromptError("the target is empty")
+    encoding = lm.tokenizer("x " + target.lstrip(), return_offsets_mapping=True, add_special_tokens=False)
+    pairs = zip(encoding.input_ids, encoding.offset_mapping, strict=True)
+    return [token for token, (_start, end) in pairs if end > 1]
+
+
+def check_templates(templates: Sequence[str]) -> list[str]:
+    """Context templates as a list; PromptError unless the first is "{}" and each has exactly one {}."""
+    if isinstance(templates, str) or not templates or templates[0] != "{}":
+        raise PromptError('context_templates must be a list whose first is "{}", the prompt without a prefix')
+    for template in templates:
+        if template.count("{}") != 1:
+            raise PromptError(f"the context template {template!r} needs exactly one {{}}, where the prompt goes")
+    return list(templates)
+
+
+@torch.no_grad()
+def context_templates(
+    lm: LanguageModel,
+    seed: int = 0,
+    lengths: Sequence[tuple[int, int]] = ((5, 10), (10, 10)),
+    starts: Sequence[str] = STARTS,
+    top_k: int = 5,
+) -> list[str]:
+    """Prefixes to average keys over: "{}", then for each (n_tokens, n_templates) so many sampled texts + ". {}".
+
+    The model itself continues the `starts` by n_tokens, each drawn from the `top_k` likeliest tokens, as ROME does.
+    Same seed, same templates; no global random state is touched. Braces in a sample are blanked out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    templates = ["{}"]
+    for n_tokens, n_templates in lengths:
+        prefixes = tokenize(lm, [starts[i % len(starts)] for i in range(n_templates)])
+        for text in lm.tokenizer.batch_decode(
+            _sample(lm, prefixes, n_tokens, top_k, generator), skip_special_tokens=True
+        ):
+            templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
+    return templates
+
+
+def _sample(
+    lm: LanguageModel, rows: list[list[int]], n_tokens: int, top_k: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Each row continued by `n_tokens` sampled ones. Whole passes without a cache: short rows, exact masks."""
+    barred = torch.tensor(lm.tokenizer.all_special_ids)
+    for _ in range(n_tokens):
+        logits = lm.logits(pad(lm, rows, "left"), keep=1)[:, -1].float().cpu()  # (row, vocabulary)
+        logits[:, len(lm.tokenizer) :] = -torch.inf  # embedding rows added for alignment have no token
+        logits[:, barred] = -torch.inf
+        likeliest: Float[Tensor, "row top_k"] = logits.topk(top_k).values
+        tokens = logits.topk(top_k).indices
+        drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
+        rows = [[*row, int(token)] for row, token in zip(rows, tokens.gather(1, drawn), strict=True)]
+    return rows
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int], text: str) -> list[int]:
+    """Indices of the tokens that share a character with `span`; special tokens, of empty extent, never do."""
+    start, end = span
+    indices = [i for i, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
+    if not indices:
+        raise PromptError(f"the subject {text[start:end]!r} has no token of its own in {text!r}")
+    return indices
+
+
+def check_length(lm: LanguageModel, row: Sequence[int], text: str | None = None) -> None:
+    name = repr(text if text is None or len(text) <= 80 else text[:77] + "...") if text is not None else "a row"
+    if not row:
+        raise PromptError(f"{name} has no tokens")
+    if len(row) > lm.max_length:
+        raise PromptError(f"{name} has {len(row)} tokens, more than the context of {lm.name} ({lm.max_length})")
+
+
+@contextmanager
+def named(request: EditRequest) -> Iterator[None]:
+    """Within this `with`, a PromptError says which request it is about."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{request.label}: {error}") from error

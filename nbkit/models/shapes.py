@@ -1,0 +1,120 @@
+"""Models of a size, with random weights: what speed and memory can be measured on without a download.
+
+    lm = random_model("gpt2-xl", precision="bfloat16")
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nbkit import paths
+from nbkit.errors import ModelError
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import free_memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, and the layer edited in it (of the published settings, where there are some)."""
+
+    config: type
+    sizes: Mapping[str, Any]
+    layer: int
+
+
+_LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+SHAPES: dict[str, Shape] = {
+    "gpt2-6x256": Shape(
+        transformers.GPT2Config,
+        {"n_layer": 6, "n_embd": 256, "n_head": 4, "vocab_size": 3072, "n_positions": 256,
+         "bos_token_id": 0, "eos_token_id": 0},
+        layer=2,
+    ),
+    "gpt2-xl": Shape(transformers.GPT2Config, {"n_layer": 48, "n_embd": 1600, "n_head": 25}, layer=17),
+    "gpt-j-6b": Shape(
+        transformers.GPTJConfig, {"n_layer": 28, "n_embd": 4096, "n_head": 16, "rotary_dim": 64}, layer=5
+    ),
+    "llama-2-7b": Shape(
+        transformers.LlamaConfig, {**_LLAMA, "intermediate_size": 11008, "max_position_embeddings": 4096}, layer=5
+    ),
+    "llama-3-8b": Shape(
+        transformers.LlamaConfig,
+        {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256,
+         "max_position_embeddings": 8192},
+        layer=5,
+    ),
+}  # fmt: skip
+TOKENIZER = "miniworld-gpt2"  # of every shape: its vocabulary is smaller than theirs, which costs and gains nothing
+
+# name -> (dtype of the weights, torch's precision of float32 products)
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
+
+
+def random_model(shape: str, device: str = "auto", precision: str = "float32", seed: int = 0) -> LanguageModel:
+    """A model of a shape in `SHAPES` with weights drawn as its class draws them, under the shape's name.
+
+    ModelError for an unknown shape or precision, and for one whose weights the device has no room for.
+    """
+    device = device_named(device)
+    dtype = _check_shape(shape, precision, device)
+    row = SHAPES[shape]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(row.config(**row.sizes), dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(paths.DATA / "models" / TOKENIZER)
+    return LanguageModel.wrap(model, tokenizer, shape)
+
+
+def check_shapes(shapes: Sequence[str], precisions: Sequence[str], device: str = "auto") -> None:
+    """ModelError for the first that is unknown or too large, before hours are spent on the others."""
+    for shape in shapes:
+        for precision in precisions:
+            _check_shape(shape, precision, device_named(device))
+
+
+def n_parameters(shape: str) -> int:
+    """How many numbers a model of the shape holds."""
+    row = SHAPES[shape]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(row.config(**row.sizes))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _check_shape(shape: str, precision: str, device: torch.device) -> torch.dtype:
+    if shape not in SHAPES:
+        raise ModelError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    if precision not in PRECISIONS:
+        raise ModelError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    dtype, _ = PRECISIONS[precision]
+    needed, free = n_parameters(shape) * dtype.itemsize, free_memory(device)
+    if needed > 0.8 * free:
+        raise ModelError(
+            f"{shape} in {precision} takes {needed / 2**30:.1f} GiB for its weights alone, and {device} has "
+            f"{free / 2**30:.1f} GiB free: leave it out, or choose bfloat16"
+        )
+    return dtype
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Within this `with`, float32 products are computed as the row of `PRECISIONS` says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRECISIONS[precision][1])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,241 @@
+"""Result rows in Parquet files, stored so that nothing is computed twice and nothing computed is lost.
+
+    study = Store().study("single_edits", key={"model": lm.hash, "method": "rome", ...})
+    frame = study.complete(units, compute)      # compute(unit) -> rows; units that are stored are not computed again
+
+A *study* is a folder named by the digest of its key, that is, of everything that determines its rows. A *unit* is what
+is computed in one piece (one edit, one sequence); its rows are stored together or not at all. Every few seconds the
+finished units are written to a new `part-*.parquet`, under a temporary name first, so an interrupted process leaves
+whole files only, and several processes can add to one study. Needs no torch.
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from nbkit import paths
+from nbkit.errors import ResultsError
+from nbkit.records.files import write_atomically
+from nbkit.records.provenance import canonical, digest, now, plain, provenance
+
+__all__ = ["Store", "Study", "provenance"]
+
+FLUSH_SECONDS = 5.0  # what a killed process can lose, unless one unit takes longer
+
+# Units that a failed write left in memory, by study folder: opening the study again in this process takes them over.
+_kept: dict[Path, dict[str, list[dict]]] = {}
+
+
+class Store:
+    """A folder of studies; `runs/results` unless told otherwise."""
+
+    def __init__(self, folder: str | Path | None = None):
+        self.folder = paths.RUNS / "results" if folder is None else Path(folder)
+
+    def study(self, name: str, key: dict, provenance: dict | None = None) -> "Study":
+        """Opens the study `name` of this key with the rows that it has stored; writes nothing yet.
+
+        Args:
+            name: the kind of study, a folder name.
+            key: everything that determines the rows (parameters, seeds, hashes of model, data and code), and nothing
+                else: no time, no commit.
+            provenance: columns added to each new row, from `nbkit.results.provenance`.
+
+        Raises ResultsError for a damaged file, which it names.
+        """
+        return Study(self.folder / name / digest(key), key, {"study": name, **(provenance or {})})
+
+
+class Study:
+    """The rows of one study, on disk and in memory; made by `Store.study`."""
+
+    def __init__(self, folder: Path, key: dict, provenance: dict):
+        self.folder, self.key, self.provenance = folder, plain(key), provenance
+        self._schema = pa.schema([])
+        self._stored: dict[str, list[dict]] = {}
+        self._unsaved: dict[str, list[dict]] = {}
+        self._last_flush = time.monotonic()
+        self._check_key()
+        for part in sorted(folder.glob("part-*.parquet")):
+            self._read(part)
+        for unit, rows in _kept.get(folder, {}).items():
+            self._admit(unit, rows)
+
+    def _check_key(self) -> None:
+        path = self.folder / "key.json"
+        if not path.is_file():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResultsError(f"{path} is damaged ({error}): delete its folder to compute the study anew") from error
+        if canonical(stored) != canonical(self.key):
+            raise ResultsError(f"{path} holds another key than its folder's name says: delete the folder")
+
+    def _read(self, part: Path) -> None:
+        try:
+            table = pq.read_table(part)
+            rows = table.drop_columns(["unit", "row"]).to_pylist()
+            units = table.column("unit").to_pylist()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ResultsError(f"{part} is damaged ({error}): delete it to have its rows computed again") from error
+        found: dict[str, list[dict]] = {}
+        for unit, row in zip(units, rows, strict=True):
+            found.setdefault(unit, []).append(row)
+        for unit, unit_rows in found.items():
+            self._stored.setdefault(unit, unit_rows)  # two processes may both have computed it: the first one counts
+        self._schema = self._joined(table.drop_columns(["unit", "row"]).schema, str(part))
+
+    def _joined(self, schema: pa.Schema, where: str) -> pa.Schema:
+        """The study's columns with those of `schema`, whole numbers widened to decimal ones where both occur."""
+        try:
+            return pa.unify_schemas([self._schema, schema], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ResultsError(f"{where}: a column has another type than in the study's other rows: {error}") from error
+
+    def _admit(self, unit: str, rows: list[dict]) -> None:
+        columns = dict.fromkeys(name for row in rows for name in row)
+        try:
+            schema = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]).schema
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ResultsError(f"unit {unit}: values that no table column can hold: {error}") from error
+        self._schema = self._joined(schema, f"unit {unit}")
+        self._unsaved[unit] = rows  # one assignment: an interrupt leaves the unit in whole or out
+
+    def done(self, unit: str) -> bool:
+        """Whether the unit's rows are there, stored or waiting in memory."""
+        return unit in self._stored or unit in self._unsaved
+
+    def add(self, unit: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds a finished unit with its rows (at least one), and writes to disk if the last time was a while ago.
+
+        Values are text, numbers (numpy's and one-element tensors too), truth values, None, or lists of those; NaN and
+        infinity stay what they are. Raises ResultsError for other values and for what `flush` raises.
+        """
+        more = {**self.provenance, "created": now()}
+        rows = [{name: _item(value) for name, value in row.items()} for row in rows]
+        if not rows:
+            raise ResultsError(f"unit {unit} has no rows, so it could not be told from one that was never computed")
+        self._admit(unit, [{**row, **{name: more[name] for name in more if name not in row}} for row in rows])
+        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is only in memory to a new part file.
+
+        Raises ResultsError if the folder is full or cannot be written. Then the rows stay in memory: the error's
+        `study.frame()` gives them, and opening the same study again in this process keeps and writes them.
+        """
+        self._last_flush = time.monotonic()
+        if not self._unsaved:
+            return
+        rows = [{"unit": u, "row": i, **row} for u, rows in self._unsaved.items() for i, row in enumerate(rows)]
+        schema = pa.schema([("unit", pa.string()), ("row", pa.int64()), *self._schema])
+        part = self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(part, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
+        except OSError as error:
+            _kept[self.folder] = dict(self._unsaved)
+            raise self._failure(error, f"{len(self._unsaved)} finished units are kept in memory") from error
+        self._stored |= self._unsaved
+        self._unsaved = {}
+        _kept.pop(self.folder, None)
+
+    def _failure(self, error: OSError, state: str) -> ResultsError:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        failure = ResultsError(
+            f"cannot write results to {self.folder}: {reason}; {state}. Free or unlock the folder, or set NBKIT_RUNS "
+            "to another one, and run this again"
+        )
+        failure.study = self
+        return failure
+
+    def frame(self, units: Iterable[str] | None = None) -> pd.DataFrame:
+        """The rows as a table: of `units` in their order, or of every unit in the order of computing."""
+        present = self._stored | self._unsaved
+        units = list(present) if units is None else list(units)
+        missing = [unit for unit in units if unit not in present]
+        if missing:
+            raise ResultsError(f"{len(missing)} of {len(units)} units of {self.folder} are not computed yet")
+        rows = [row for unit in units for row in present[unit]]
+        return pa.Table.from_pylist(rows, schema=self._schema).to_pandas()
+
+    def complete(
+        self,
+        units: Iterable[str],
+        compute: Callable[[str], Iterable[dict]],
+        label: str = "",
+        steps: int = 1,
+    ) -> pd.DataFrame:
+        """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all.
+
+        Args:
+            units: their order is that of the rows returned.
+            compute: gives a unit's rows, as a list or one by one (a generator, which is closed after an exception).
+            label: what the progress bar says.
+            steps: how many rows of a unit the bar counts.
+        """
+        units = list(units)
+        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
+        if pending or self._unsaved:
+            n_done = len(set(units)) - len(pending)
+            with self, tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label) as bar:
+                for unit in pending:
+                    end, rows, produced = bar.n + steps, [], compute(unit)
+                    with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
+                        for row in produced:
+                            rows.append(row)
+                            bar.update(min(1, end - bar.n))
+                    self.add(unit, rows)
+                    bar.update(end - bar.n)
+        return self.frame(units)
+
+    def complete_together(
+        self,
+        units: Iterable[str],
+        compute: Callable[[list[str]], Iterable[tuple[str, list[dict]]]],
+        size: int,
+        label: str = "",
+    ) -> pd.DataFrame:
+        """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once,
+        and gives each unit with its rows. Those that it has given are kept if it is interrupted."""
+        units = list(units)
+        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
+        if pending or self._unsaved:
+            n_done = len(set(units)) - len(pending)
+            with self, tqdm(total=n_done + len(pending), initial=n_done, desc=label) as bar:
+                for start in range(0, len(pending), size):
+                    for unit, rows in compute(pending[start : start + size]):
+                        self.add(unit, rows)
+                        bar.update()
+        return self.frame(units)
+
+    def __enter__(self) -> Self:
+        """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            key = json.dumps(self.key, indent=1, sort_keys=True, ensure_ascii=False)
+            write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
+        except OSError as error:
+            raise self._failure(error, "nothing was computed") from error
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not (isinstance(error, ResultsError) and getattr(error, "study", None) is self):  # it has just failed
+            self.flush()
+
+
+def _item(value: Any) -> Any:
+    """A Python value for a numpy scalar, an array or a small tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value

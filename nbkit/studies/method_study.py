@@ -1,0 +1,128 @@
+"""What studies of edits share: a method with all that determines its rows, and where they are stored.
+
+Rows are stored under a key made of the model, the data, every parameter and the code (records/results.py), so a study
+that is interrupted goes on where it was, one with more requests or seeds computes only those, and one that is all there
+takes no time. Requests count by their content, not by their place in the list; what a row was computed together with
+changes it by no more than rounding.
+
+Every study takes a `store` (None: `runs/results`), the `method` with its hyper-parameters, and `context_templates` and
+`second_moment` as in `nbkit.edit`. The model is unchanged afterwards, also after an interrupt. An infinite or NaN
+perplexity is a result, stored as such.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+from nbkit.edits.edit import Edit
+from nbkit.keys.moments import SecondMoments
+from nbkit.methods.verbs import METHODS, as_templates, edit, hyper_parameters, needed_moments
+from nbkit.models import prompts
+from nbkit.models.language_model import LanguageModel
+from nbkit.records.provenance import code_version, digest, provenance
+from nbkit.records.requests import EditRequest
+from nbkit.records.results import Store, Study
+from nbkit.studies import metrics as measure
+
+
+class MethodStudy:
+    """What the studies share: the model, the method with all its parameters, and where rows go."""
+
+    def __init__(self, lm: LanguageModel, method: str, context_templates, second_moment, store: Store | None, hparams):
+        self.lm, self.method, self.hparams = lm, method, hparams
+        parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
+        second_moment = needed_moments(lm, method, parameters, second_moment)
+        self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
+        self.store = Store() if store is None else store
+        self.given_templates = None if context_templates is None else list(context_templates)
+        self.parameters = dataclasses.asdict(parameters)
+        self.parameters |= {
+            "method": method,
+            "context_templates": self.given_templates,
+            "second_moment": None if second_moment is None else digest(second_moment),
+        }
+        read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
+        if read:
+            self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]
+
+    def study(self, name: str, data: dict[str, Any], **parameters) -> Study:
+        """The stored study of these data and parameters, and those of the method."""
+        parameters = {**self.parameters, **parameters}
+        hashes = {name: digest(value) for name, value in data.items()}
+        key = {"model": self.lm.hash, "dtype": str(self.lm.dtype), "code": code_version()}
+        key |= {"data": hashes, "parameters": parameters}
+        return self.store.study(name, key, provenance(self.lm, data_hash=hashes, parameters=parameters))
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `edit` and `edit_sequence`; context templates are sampled here once, if none are given."""
+        return {
+            "method": self.method,
+            "context_templates": as_templates(self.lm, self.given_templates, self.method),
+            "second_moment": self.moments,
+            "progress": False,
+            **self.hparams,
+        }
+
+    @cached_property
+    def test_prefixes(self) -> list[str]:
+        """What a prompt is asked behind: the given context templates, or ROME's, whatever the method's own are."""
+        return as_templates(self.lm, self.given_templates)[1:]
+
+    def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        return edit(self.lm, requests, **self.arguments)
+
+    def metrics_of(self, request: EditRequest, reference: dict) -> dict[str, float]:
+        """The edit metrics of one request on the model as it is."""
+        (row,) = measure.edit_metrics(self.lm, [request], reference).drop(columns="case_id").to_dict("records")
+        return row
+
+    def metrics_of_each(
+        self, requests: Sequence[EditRequest], made: Sequence[Edit], reference: dict
+    ) -> list[dict[str, float]]:
+        """The edit metrics of each request on the model with its own edit, `_prefixed` ones too.
+
+        Those ask the rewrite prompt behind one of the sampled prefixes, as in The Fall of ROME; which
+        one is drawn by the request's content.
+        """
+        frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
+        prefixes = self.test_prefixes
+        if prefixes:
+            alone = [
+                dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
+                for request in requests
+            ]
+            drawn = [prefixes[int(digest(request), 16) % len(prefixes)] for request in requests]
+            behind = measure.edit_metrics(self.lm, alone, prefix=drawn, edits=made)
+            for name in ("efficacy", "efficacy_argmax", "target_probability", "reliability"):
+                frame[f"{name}_prefixed"] = behind[name]
+        return frame.to_dict("records")
+
+
+def by_digest(requests: Sequence[EditRequest]) -> dict[str, EditRequest]:
+    return {digest(request): request for request in requests}
+
+
+def described(lm: LanguageModel, request: EditRequest) -> dict[str, Any]:
+    return {
+        "case_id": None if request.case_id is None else str(request.case_id),
+        "prompt": request.prompt,
+        "subject": request.subject,
+        "subject_kind": prompts.subject_kind(lm, request),
+        "target_new": request.target_new,
+        "target_true": request.target_true,
+        "relation_id": request.relation_id,
+    }
+
+
+def outcome_columns(made: Edit) -> dict[str, Any]:
+    """The numbers and words of an edit's info; its target probability is that of the search for v*, so it says so."""
+    row = {"method": made.method}
+    row |= {name: value for name, value in made.info.items() if isinstance(value, (str, bool, int, float))}
+    losses = made.info.get("losses") or [[float("nan")]]
+    row |= {"final_loss": losses[-1][0], "n_steps": len(made.info.get("losses", []))}
+    if "target_probability" in row:
+        row["optimised_probability"] = row.pop("target_probability")
+    return row

@@ -1,0 +1,65 @@
+"""How dangerous a ROME edit will be, from keys alone: no search for v*, one short pass up to the edited layer.
+
+    frame = collapse_risk(lm, requests)          # one row a request; sort by "risk"
+
+An edit's update has the norm ‖v* - W k‖ / |k·u|. The denominator depends on keys only, and the numerator cannot exceed
+what the clamp of the search allows, so both the denominator and a bound on ‖ΔW‖ are known beforehand. A tiny
+denominator is what *The Fall of ROME* (Yang et al.) found behind the collapse.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from nbkit.keys.extract import keys_in_contexts
+from nbkit.methods.rome import update_direction
+from nbkit.methods.verbs import SecondMomentLike, as_moments, as_templates, hyper_parameters
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import subject_kind
+from nbkit.records.requests import EditRequest
+
+
+def collapse_risk(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    layer: int | None = None,
+    key_mode: str = "mixed",
+    context_templates: Sequence[str] | None = None,
+    second_moment: SecondMomentLike = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """What ROME's update of every request will be divided by, and how large that update can be at most.
+
+    layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`; they must be those of
+    the edits that the risk is about. The model is not changed.
+
+    Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator (|k·u|, that of `edit.info`),
+    value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor ‖value_init‖ +
+    ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
+    """
+    given = {} if layer is None else {"layer": layer}
+    parameters = hyper_parameters(lm, "rome", key_mode=key_mode, **given)
+    templates, moments = as_templates(lm, context_templates), as_moments(lm, second_moment)
+    weight_norm = lm.weight(parameters.layer).double().norm()
+    numbers = torch.empty(len(requests), 4, dtype=torch.float64)
+    for places, found in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
+        key, value_now, u = update_direction(found, moments, parameters.layer, key_mode)
+        value_init = found.values[:, 0]
+        denominator = (key.double() * u).sum(-1).abs()
+        norm = value_init.double().norm(dim=-1)
+        largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
+        bound = largest / denominator
+        numbers[places] = torch.stack([denominator, norm, bound, bound / weight_norm], 1).cpu()
+    about = [
+        {
+            "case_id": None if request.case_id is None else str(request.case_id),
+            "subject": request.subject,
+            "subject_kind": subject_kind(lm, request),
+            "layer": parameters.layer,
+            "key_mode": key_mode,
+        }
+        for request in requests
+    ]
+    measured = pd.DataFrame(numbers.numpy(), columns=["denominator", "value_norm", "update_norm_bound", "risk"])
+    return pd.concat([pd.DataFrame(about), measured], axis=1)

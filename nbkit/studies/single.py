@@ -1,0 +1,75 @@
+"""Edits one by one: each request edited on its own into the unedited model, one row a request.
+
+    frame = single_edits(lm, requests, texts, method="rome", key_mode="mixed")
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import pandas as pd
+
+from nbkit.errors import NbkitError
+from nbkit.models.language_model import LanguageModel
+from nbkit.records.provenance import digest
+from nbkit.records.requests import EditRequest
+from nbkit.records.results import Store
+from nbkit.studies import metrics as measure
+from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
+
+EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
+
+
+def single_edits(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    texts: Sequence[str],
+    method: str = "rome",
+    store: Store | None = None,
+    metrics: bool = True,
+    context_templates: Sequence[str] | None = None,
+    second_moment=None,
+    **hparams,
+) -> pd.DataFrame:
+    """Every request edited on its own into the unedited model: one row a request, in order.
+
+    Args:
+        texts: for the perplexity ("sentence_mean") of the edited model, and of the unedited one as perplexity_before.
+        metrics: whether the edit metrics (`metrics.edit_metrics`, also behind a prefix) are measured too.
+
+    Columns: the request (case_id as text, subject, subject_kind ...), perplexity, perplexity_before, what the method
+    reports (numerator, denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
+    optimised_probability ...), the edit metrics, those of the prompt behind a prefix as efficacy_prefixed and so on,
+    and the provenance.
+    """
+    texts = list(texts)
+    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
+    study = setting.study("single_edits", {"texts": texts}, metrics=metrics)
+    units = by_digest(requests)
+
+    @cache
+    def before() -> float:
+        return measure.perplexity(lm, texts)
+
+    def compute(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+        try:
+            yield from together(some)
+        except NbkitError:  # one request that cannot be used shall not keep the others from being done
+            if len(some) > 1:
+                for unit in some:
+                    yield from together([unit])
+            raise
+
+    def together(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+        chosen = [units[unit] for unit in some]
+        made = setting.edits(chosen)
+        after = measure.perplexity(lm, texts, edits=made)
+        measured: Sequence[dict] = [{}] * len(chosen)
+        if metrics:
+            measured = setting.metrics_of_each(chosen, made, measure.neighborhood_tokens(lm, chosen))
+        for unit, request, done, value, row in zip(some, chosen, made, after, measured, strict=True):
+            about = {**described(lm, request), "perplexity": value, "perplexity_before": before()}
+            yield unit, [{**about, **outcome_columns(done), **row}]
+
+    return study.complete_together(
+        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{method}, single edits"
+    )
