@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from nbkit import batch
+from nbkit.batch import run as batch
 from nbkit.batch.parameters import checked, convert, declared
 from nbkit.batch.run import copy_name, run_all, run_notebook
 from nbkit.errors import NotebookError, ParameterError, ResultsError

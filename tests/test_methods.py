@@ -6,9 +6,9 @@ import tomllib
 import pytest
 import torch
 
-from nbkit import methods
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError
+from nbkit.methods import verbs
 from nbkit.methods.verbs import METHODS, edit, edit_batch, edit_sequence
 from nbkit.models.blocks import adds_value
 from nbkit.studies.metrics import score_targets
@@ -27,7 +27,7 @@ BATCHES = [name for name, method in METHODS.items() if method.together and name 
 
 
 def tables() -> dict:
-    return tomllib.loads(methods.HPARAMS.read_text())
+    return tomllib.loads(verbs.HPARAMS.read_text())
 
 
 def arguments(lm, method: str) -> dict:

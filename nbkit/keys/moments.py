@@ -33,10 +33,10 @@ from nbkit.keys.windows import Place, Window, batches, chunks, windows
 from nbkit.models.hooks import capture, replace
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
+from nbkit.records import embedded
 from nbkit.records.provenance import digest
 from nbkit.records.requests import read_texts
 
-DEFAULT_TEXTS = {"miniworld-gpt2": "miniworld-training"}  # of a model: what `requests.read_texts` reads for it
 LONG = 1024  # tokens: a batch has room for so many rows of a context, or of this where the context is longer
 CHUNK = 4  # batches' worth of tokens whose windows are sorted by length together
 CHECKS = ["n_tokens", "layer", "error", "median_error"]
@@ -179,12 +179,13 @@ def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: b
 
     MethodError for a model that brings none.
     """
-    if Path(lm.name).name not in DEFAULT_TEXTS:
+    world = embedded.MODELS.get(Path(lm.name).name)
+    if world is None:
         raise MethodError(
             f"the method needs second moments, and {lm.name} brings no text to take them from; give "
             "second_moment=nbkit.second_moments(lm, layers, texts, n_tokens=..., cache=...)"
         )
-    texts = read_texts(DEFAULT_TEXTS[Path(lm.name).name])
+    texts = read_texts(f"{world}-training")
     return dict(second_moments(lm, layers, texts, cache=paths.RUNS / "moments", progress=progress))
 
 

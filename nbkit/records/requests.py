@@ -27,10 +27,7 @@ from pathlib import Path
 
 from nbkit import paths
 from nbkit.errors import RequestError
-
-# name -> file under paths.DATA
-EMBEDDED = {"miniworld": "miniworld/requests.json"}
-EMBEDDED_TEXTS = {"miniworld": "miniworld/perplexity.json", "miniworld-training": "miniworld/text.txt"}
+from nbkit.records import embedded
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
     Raises RequestError naming file and record for one that is malformed. A zsRE record whose question does not
     hold the subject is skipped with a warning; a guess would edit at the wrong token.
     """
-    path = _locate(path_or_name, EMBEDDED, "requests")
+    path = _locate(path_or_name, embedded.REQUESTS, "requests")
     requests = []
     for index, record in enumerate(_read_records(path)):
         where = f"{path.name}, record {index}"
@@ -126,7 +123,7 @@ def read_texts(path_or_name: str | Path, limit: int | None = None) -> list[str]:
     JSON list or JSON lines of records with a field `Text`, the schema of ME-PPL, or ends in .txt and holds one text a
     line, blank lines aside. Raises RequestError naming file and record for one that holds no text.
     """
-    path = _locate(path_or_name, EMBEDDED_TEXTS, "texts")
+    path = _locate(path_or_name, embedded.TEXTS, "texts")
     if path.suffix == ".txt":
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
     records = _read_records(path)[:limit]
@@ -141,10 +138,10 @@ class _SubjectMissing(RequestError):
     """The filled-in prompt does not hold its subject."""
 
 
-def _locate(path_or_name: str | Path, embedded: dict[str, str], what: str) -> Path:
-    path = paths.DATA / embedded[path_or_name] if path_or_name in embedded else Path(path_or_name).expanduser()
+def _locate(path_or_name: str | Path, known: dict[str, str], what: str) -> Path:
+    path = paths.DATA / known[path_or_name] if path_or_name in known else Path(path_or_name).expanduser()
     if not path.is_file():
-        raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(embedded)}")
+        raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(known)}")
     return path
 
 
