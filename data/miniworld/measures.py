@@ -59,8 +59,8 @@ def first_token_regime(
         mean = one.mean(1)
         row = {
             "layer": layer,
-            "position_0": _pairwise_median(torch.stack([found[0] for found in by_token])),
-            f"position_{LATER}": _pairwise_median(torch.stack([found[LATER] for found in by_token])),
+            "position_0": _pairwise_median(torch.stack([of_text[0] for of_text in by_token])),
+            f"position_{LATER}": _pairwise_median(torch.stack([of_text[LATER] for of_text in by_token])),
             "one_token_first": torch.cosine_similarity(one[:, :1], one[:, 1:], dim=-1).median().item(),
             "several_token_first": torch.cosine_similarity(several[:, :1], several[:, 1:], dim=-1).median().item(),
             "ratio": ((one[:, 0] * mean).sum(-1) / (mean * mean).sum(-1)).median().item(),

@@ -171,8 +171,8 @@ def _parameters_cell(path):
         raise ParameterError(f"{path} is not a notebook: {error}") from None
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        found = "no cell" if not tagged else f"{len(tagged)} cells"
-        raise ParameterError(f"{path} has {found} tagged `parameters`; exactly one must declare them")
+        number = "no cell" if not tagged else f"{len(tagged)} cells"
+        raise ParameterError(f"{path} has {number} tagged `parameters`; exactly one must declare them")
     return tagged[0]
 
 
@@ -182,13 +182,13 @@ def _assignments(cell, path):
         tree = ast.parse(cell.source)
     except SyntaxError as error:
         raise ParameterError(f"{path}: the parameters cell is no valid Python (line {error.lineno})") from None
-    found = {}
+    assignments = {}
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            found[node.target.id] = (ast.unparse(node.annotation).strip("'\""), node.value)
+            assignments[node.target.id] = (ast.unparse(node.annotation).strip("'\""), node.value)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = (None, node.value)
-    return found
+            assignments[node.targets[0].id] = (None, node.value)
+    return assignments
 
 
 def _check_declaration(path, name, kind, default):

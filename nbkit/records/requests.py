@@ -232,10 +232,10 @@ def cut_out(text: str, subject: str) -> str:
     if not isinstance(subject, str) or not subject.strip():
         raise RequestError(f"the subject of {text!r} is empty")
     pattern = re.escape(subject)
-    found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text)) or list(re.finditer(pattern, text))
-    if not found:
+    places = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text)) or list(re.finditer(pattern, text))
+    if not places:
         raise _SubjectMissing(f"the subject {subject!r} does not occur in {text!r}")
-    start, end = found[-1].span()
+    start, end = places[-1].span()
     return text[:start] + "{}" + text[end:]
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,10 +89,10 @@ class Study:
             units = table.column("unit").to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ResultsError(f"{part} is damaged ({error}): delete it to have its rows computed again") from error
-        found: dict[str, list[dict]] = {}
+        by_unit: dict[str, list[dict]] = {}
         for unit, row in zip(units, rows, strict=True):
-            found.setdefault(unit, []).append(row)
-        for unit, unit_rows in found.items():
+            by_unit.setdefault(unit, []).append(row)
+        for unit, unit_rows in by_unit.items():
             self._stored.setdefault(unit, unit_rows)  # two processes may both have computed it: the first one counts
         self._schema = self._joined(table.drop_columns(["unit", "row"]).schema, str(part))
 
@@ -187,18 +187,15 @@ class Study:
             steps: how many rows of a unit the bar counts.
         """
         units = list(units)
-        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
-        if pending or self._unsaved:
-            n_done = len(set(units)) - len(pending)
-            with self, tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label) as bar:
-                for unit in pending:
-                    end, rows, produced = bar.n + steps, [], compute(unit)
-                    with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
-                        for row in produced:
-                            rows.append(row)
-                            bar.update(min(1, end - bar.n))
-                    self.add(unit, rows)
-                    bar.update(end - bar.n)
+        with self._computing(units, label, steps) as (pending, bar):
+            for unit in pending:
+                end, rows, produced = bar.n + steps, [], compute(unit)
+                with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
+                    for row in produced:
+                        rows.append(row)
+                        bar.update(min(1, end - bar.n))
+                self.add(unit, rows)
+                bar.update(end - bar.n)
         return self.frame(units)
 
     def complete_together(
@@ -211,15 +208,23 @@ class Study:
         """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once,
         and gives each unit with its rows. Those that it has given are kept if it is interrupted."""
         units = list(units)
-        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
-        if pending or self._unsaved:
-            n_done = len(set(units)) - len(pending)
-            with self, tqdm(total=n_done + len(pending), initial=n_done, desc=label) as bar:
-                for start in range(0, len(pending), size):
-                    for unit, rows in compute(pending[start : start + size]):
-                        self.add(unit, rows)
-                        bar.update()
+        with self._computing(units, label) as (pending, bar):
+            for start in range(0, len(pending), size):
+                for unit, rows in compute(pending[start : start + size]):
+                    self.add(unit, rows)
+                    bar.update()
         return self.frame(units)
+
+    @contextlib.contextmanager
+    def _computing(self, units: list[str], label: str, steps: int = 1) -> Iterator[tuple[list[str], tqdm]]:
+        """The units that are not done yet, and a bar over all; what is added within this `with` is on disk behind it."""
+        pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
+        if not pending and not self._unsaved:
+            yield pending, tqdm(disable=True)
+            return
+        n_done = len(set(units)) - len(pending)
+        with self, tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label) as bar:
+            yield pending, bar
 
     def __enter__(self) -> Self:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
