@@ -1,16 +1,18 @@
 """The made-up world: its facts, its files, and what training may not see."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
 import pytest
+
 from miniworld.corpus import lines
 from miniworld.files import held_out, held_out_items, held_out_texts, write_files
 from miniworld.task_items import KINDS, open_questions
 from miniworld.text import question
 from miniworld.world import build_world
-
 from nbkit import paths
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind, target_ids, tokenize
@@ -190,3 +192,9 @@ def test_the_texts_for_perplexity_are_in_me_ppl_s_schema(lm):
     texts = read_texts("miniworld")
     assert texts == [record["Text"] for record in records] and len(set(texts)) == len(texts) >= 200
     assert min(len(row) for row in tokenize(lm, texts)) >= 2
+
+
+def test_its_commands_are_there():
+    run = subprocess.run([sys.executable, "data/miniworld", "--help"], cwd=paths.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(command in run.stdout for command in ("train", "card"))

@@ -9,14 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from miniworld import train as training
-from miniworld.card import SENTENCE
-from miniworld.measures import first_token_regime
-from miniworld.train import Recipe, Shard, build_model, schedule, ship, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nbkit
+from miniworld import train as training
+from miniworld.card import SENTENCE
+from miniworld.measures import first_token_regime
+from miniworld.train import Recipe, Shard, build_model, schedule, ship, train
 from nbkit import paths
 from nbkit.errors import NbkitError
 from nbkit.methods.verbs import hyper_parameters

@@ -7,10 +7,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-import install
 import pytest
 import yaml
 
+import install
 import nbkit
 from nbkit.batch.parameters import declared
 

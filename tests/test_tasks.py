@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from miniworld.task_items import KINDS
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from miniworld.task_items import KINDS
 from nbkit import paths
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied

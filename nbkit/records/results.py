@@ -217,7 +217,7 @@ class Study:
 
     @contextlib.contextmanager
     def _computing(self, units: list[str], label: str, steps: int = 1) -> Iterator[tuple[list[str], tqdm]]:
-        """The units that are not done yet, and a bar over all; what is added within this `with` is on disk behind it."""
+        """The units not done yet, and a bar over all; what is added within this `with` is on disk behind it."""
         pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
         if not pending and not self._unsaved:
             yield pending, tqdm(disable=True)
