@@ -3,13 +3,16 @@
 import dataclasses
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 
 from nbkit.edits.overlays import applied
-from nbkit.errors import MethodError
-from nbkit.methods import verbs
-from nbkit.methods.verbs import METHODS, edit, edit_batch, edit_sequence
+from nbkit.errors import MethodError, ModelError
+from nbkit.methods import hparams
+from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.table import METHODS
+from nbkit.methods.verbs import edit, edit_batch, edit_sequence
 from nbkit.models.blocks import adds_value
 from nbkit.studies.metrics import score_targets
 
@@ -27,7 +30,7 @@ BATCHES = [name for name, method in METHODS.items() if method.together and name 
 
 
 def tables() -> dict:
-    return tomllib.loads(verbs.HPARAMS.read_text())
+    return tomllib.loads(hparams.HPARAMS.read_text())
 
 
 def arguments(lm, method: str) -> dict:
@@ -100,3 +103,30 @@ def test_unknown_hyper_parameters_and_methods_are_refused_by_every_verb(tiny, re
             verb(tiny, requests, method="memmit")
         with pytest.raises(MethodError, match="memit has no hyper-parameter lambda_"):
             verb(tiny, requests, method="memit", lambda_=3.0)
+
+
+def test_what_is_given_as_none_is_the_default_for_every_verb(tiny, requests, contexts):
+    tiny.name = "tiny-miniworld-gpt2"  # of the family whose layer is 4
+    with pytest.raises(ModelError, match="layer 4 does not exist"):
+        edit(tiny, requests, layer=None)
+    for verb in (edit_batch, edit_sequence):
+        with pytest.raises(ModelError, match="layer 3 does not exist"):
+            verb(tiny, requests, "memit", layers=None)
+    options = {**OPTIONS["rome"], "context_templates": contexts, "progress": False}
+    (default,) = edit(tiny, requests[0], **options)
+    (given_as_none,) = edit(tiny, requests[0], **options, key_mode=None, early_stop_loss=None, v_num_grad_steps=None)
+    assert given_as_none.hparams == default.hparams and given_as_none.info["losses"] == default.info["losses"]
+    assert hyper_parameters(tiny, "kn", refine=None, factor=3).factor == 3.0
+    with pytest.raises(MethodError, match="kn has no hyper-parameter layer"):
+        edit(tiny, requests, "kn", layer=None)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_no_requests_are_no_edits(tiny, contexts, method):
+    assert edit(tiny, [], context_templates=contexts, **arguments(tiny, method)) == []
+
+
+def test_whole_numbers_do_for_floats_and_lists_for_tuples(tiny):
+    parameters = hyper_parameters(tiny, "ft", layers=[2, 0], n_steps=np.int64(3), lr=1, norm_constraint=0)
+    assert (parameters.layers, parameters.n_steps, parameters.lr) == ((2, 0), 3, 1.0)
+    assert [type(value) for value in (parameters.layers, parameters.n_steps, parameters.lr)] == [tuple, int, float]

@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 
 from nbkit.keys.extract import keys_in_contexts
+from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.rome import update_direction
-from nbkit.methods.verbs import SecondMomentLike, as_moments, as_templates, hyper_parameters
+from nbkit.methods.verbs import SecondMomentLike, as_moments, as_templates
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind
 from nbkit.records.requests import EditRequest
@@ -38,8 +39,7 @@ def collapse_risk(
     value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor ‖value_init‖ +
     ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
-    given = {} if layer is None else {"layer": layer}
-    parameters = hyper_parameters(lm, "rome", key_mode=key_mode, **given)
+    parameters = hyper_parameters(lm, "rome", layer=layer, key_mode=key_mode)
     templates, moments = as_templates(lm, context_templates), as_moments(lm, second_moment)
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), 4, dtype=torch.float64)
