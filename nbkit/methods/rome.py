@@ -35,7 +35,7 @@ from nbkit.edits.updates import LowRank
 from nbkit.keys.extract import KeyPass
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods.method import MethodSettings, edit_made, in_order
-from nbkit.methods.values import OptimisedValue, ValueJob, ValueParameters, value_job, values_in_batches
+from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import bounded
 from nbkit.records.requests import EditRequest
@@ -58,9 +58,10 @@ class RomeParameters(ValueParameters):
 def rome(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, as `Method.each`."""
     jobs = [value_job(lm, request, settings.context_templates) for request in requests]
+    batches = values_in_batches(lm, jobs, settings, settings.parameters.layer, name="rome")
     return in_order(
-        (places, _rank_one_edits(lm, [jobs[place] for place in places], states, optimised, settings))
-        for places, states, optimised in values_in_batches(lm, jobs, settings, settings.parameters.layer, name="rome")
+        (places, _rank_one_edits(lm, [requests[place] for place in places], states, optimised, settings))
+        for places, states, optimised in batches
     )
 
 
@@ -84,12 +85,12 @@ def update_direction(
 
 def _rank_one_edits(
     lm: LanguageModel,
-    jobs: Sequence[ValueJob],
+    requests: Sequence[EditRequest],
     states: KeyPass,
     optimised: Sequence[OptimisedValue],
     settings: MethodSettings,
 ) -> list[Edit]:
-    """The closed form, for all jobs of a batch: shapes are (edit, d) throughout."""
+    """The closed form, for all requests of a batch: shapes are (edit, d) throughout."""
     layer, key_mode = settings.parameters.layer, settings.parameters.key_mode
     key, value_now, u = update_direction(states, settings.second_moments, layer, key_mode)
     value_init = states.values[:, 0]  # the unprefixed value, in every key mode
@@ -98,24 +99,24 @@ def _rank_one_edits(
     residual = (value_star - value_now).double()  # v* - W k; the bias is in both and cancels
     divisor = (key.double() * u).sum(-1)
     left, right = (residual / divisor[:, None]).to(key.dtype), u.to(key.dtype)
-    numerators, denominators = residual.norm(dim=-1), divisor.abs()
     tensors = {"key_plain": states.keys[:, 0], "key_mean": states.keys.mean(1), "u": right,
                "value_init": value_init, "value_star": value_star, "value_now": value_now}  # fmt: skip
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    numerators, denominators = residual.norm(dim=-1), divisor.abs()
     numbers = torch.stack([numerators, denominators, numerators / denominators], 1).tolist()
     edits = []
-    for place, (job, value) in enumerate(zip(jobs, optimised, strict=True)):
-        info = dict(zip(("numerator", "denominator", "update_norm"), numbers[place], strict=True))
-        info |= {
+    for place, (request, value) in enumerate(zip(requests, optimised, strict=True)):
+        info = {
+            **dict(zip(("numerator", "denominator", "update_norm"), numbers[place], strict=True)),
             "losses": value.losses,
             "target_probability": value.target_probability,
             "stop_reason": value.stop_reason,
             "layer": layer,
             "key_mode": key_mode,
             "second_moment": bool(settings.second_moments),
-            "n_templates": len(job.rows) - 1,
+            "n_templates": len(settings.context_templates),
         }
         delta = LowRank(left=left[place, :, None].clone(), right=right[place, None, :].clone())
-        of_job = {name: tensor[place].clone() for name, tensor in on_cpu.items()}
-        edits.append(edit_made(lm, [job.request], settings, {lm.weight_name(layer): delta}, info, of_job))
+        of_place = {name: tensor[place].clone() for name, tensor in on_cpu.items()}
+        edits.append(edit_made(lm, [request], settings, {lm.weight_name(layer): delta}, info, of_place))
     return edits

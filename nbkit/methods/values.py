@@ -6,6 +6,7 @@ Associations in GPT, eq. 4, as in the published code.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,6 @@ from nbkit.models.replay import Prefixes, Replay, Site, WholePasses, can_replay
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
-REASONS = ("steps", "loss", "nan")  # for which the search for v* stops
 KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not move: the subject stays what it is
 
 
@@ -45,7 +45,7 @@ class OptimisedValue:
     delta: Float[Tensor, " d_model"]
     losses: list[list[float]]  # per step [total, nll, kl, weight decay]
     target_probability: float
-    stop_reason: str
+    stop_reason: str  # "steps" | "loss" | "nan"
 
     @property
     def value_star(self) -> Float[Tensor, " d_model"]:
@@ -56,7 +56,6 @@ class OptimisedValue:
 class ValueJob:
     """One request as rows of tokens: its prompt with the target behind every template, then "{subject} is a"."""
 
-    request: EditRequest
     rows: list[list[int]]
     indices: list[int]  # in each row, the subject's last token
     wanted: list[list[int]]  # in each row, the tokens whose logits the loss needs
@@ -78,7 +77,7 @@ def value_job(lm: LanguageModel, request: EditRequest, context_templates: Sequen
         read = [*(each.row for each in asked), rows[-1][: last + 1]]
         for row in read:
             check_length(lm, row)
-    return ValueJob(request, read, indices, [*(list(each.predicting) for each in asked), [last]], target)
+    return ValueJob(read, indices, [*(list(each.predicting) for each in asked), [last]], target)
 
 
 def values_in_batches(
@@ -180,12 +179,8 @@ class _Search:
         self.value_init, self.value_norm = value_init, value_init.norm(dim=-1)
         self.delta = torch.zeros_like(value_init, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.delta], lr=parameters.v_lr)
-        n, device = len(jobs), value_init.device
-        self.n_losses = torch.zeros(n, dtype=torch.long, device=device)  # those until an edit stopped, itself included
-        self.losses = torch.empty(0, n, 4, dtype=value_init.dtype, device=device)  # (step, edit, part)
-        self.probability = torch.zeros(n, dtype=value_init.dtype, device=device)
-        self.going = torch.ones(n, dtype=torch.bool, device=device)
-        self.reason = torch.zeros(n, dtype=torch.long, device=device)  # an index into REASONS
+        self.going = torch.ones(len(jobs), dtype=torch.bool, device=value_init.device)
+        self.seen: list[Float[Tensor, "edit part"]] = []  # by step: the losses, and the target's probability
         self.essence_before: Tensor | None = None
         self.done: dict[int, OptimisedValue] = {}
         self._index(dict(enumerate(jobs)))
@@ -213,13 +208,8 @@ class _Search:
         losses, nlls = self._losses()
         total = losses[:, 0]
         with torch.no_grad():
-            self.losses = torch.cat([self.losses, losses.detach()[None]])
-            self.n_losses += self.going
-            probability = (-nlls.detach()).exp().mean(1)
-            self.probability = torch.where(self.going, probability, self.probability)
-            broken, good = ~total.isfinite(), total < self.parameters.early_stop_loss
-            self.reason = torch.where(self.going & broken, 2, torch.where(self.going & good, 1, self.reason))
-            self.going &= ~(broken | good)
+            self.seen.append(torch.cat([losses, (-nlls).exp().mean(1, keepdim=True)], 1))
+            self.going &= ~self._ends(total)
         if last:
             return
         self.optimiser.zero_grad()
@@ -230,6 +220,10 @@ class _Search:
             norm, largest = self.delta.norm(dim=-1), self.parameters.clamp_norm_factor * self.value_norm
             clamped = torch.where((norm > largest)[:, None], self.delta * (largest / norm)[:, None], self.delta)
             self.delta.copy_(torch.where(self.going[:, None], clamped, before))
+
+    def _ends(self, total: Tensor) -> Tensor:
+        """Whether an edit stops at this loss."""
+        return ~total.isfinite() | (total < self.parameters.early_stop_loss)
 
     def _losses(self) -> tuple[Float[Tensor, "edit part"], Float[Tensor, "edit prompt"]]:
         """[total, nll, kl, weight decay] of each edit, and the target's nll by prompt."""
@@ -255,9 +249,9 @@ class _Search:
         self._note([not goes for goes in going])
         kept = self.going.nonzero()[:, 0]
         self.passes.select(kept)
-        for name in ("value_init", "value_norm", "n_losses", "probability", "reason", "going", "essence_before"):
+        for name in ("value_init", "value_norm", "going", "essence_before"):
             setattr(self, name, getattr(self, name)[kept])
-        self.losses = self.losses[:, kept]
+        self.seen = [of_step[kept] for of_step in self.seen]
         state = self.optimiser.state[self.delta]
         self.delta = self.delta.detach()[kept].requires_grad_()
         self.optimiser = torch.optim.Adam([self.delta], lr=self.parameters.v_lr)
@@ -266,17 +260,19 @@ class _Search:
         return False
 
     def _note(self, finished: Sequence[bool]) -> None:
-        """Keep what came of these edits of the batch."""
-        losses, n_losses = self.losses.transpose(0, 1).tolist(), self.n_losses.tolist()
-        reasons, probability = self.reason.tolist(), self.probability.tolist()
-        for number, place in enumerate(self.jobs):
+        """Keep what came of these edits of the batch, up to the loss at which each of them stopped."""
+        seen = torch.stack(self.seen, 1)  # (edit, step, part)
+        ends = self._ends(seen[..., 0]).tolist()
+        for number, (place, steps) in enumerate(zip(self.jobs, seen.tolist(), strict=True)):
             if finished[number]:
+                stopped = True in ends[number]
+                steps = steps[: ends[number].index(True) + 1] if stopped else steps
                 self.done[place] = OptimisedValue(
                     self.value_init[number],
                     self.delta.detach()[number].clone(),
-                    losses[number][: n_losses[number]],
-                    probability[number],
-                    REASONS[reasons[number]],
+                    [losses for *losses, _ in steps],
+                    target_probability=steps[-1][-1],
+                    stop_reason="steps" if not stopped else "loss" if isfinite(steps[-1][0]) else "nan",
                 )
 
     def results(self) -> list[OptimisedValue]:

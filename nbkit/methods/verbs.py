@@ -70,7 +70,7 @@ def edit(
     """
     requests = _as_list(requests)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
-    settings = _settings(lm, method, context_templates, second_moment, hparams, **run)
+    settings = settings_for(lm, method, context_templates, second_moment, hparams, **run)
     return METHODS[method].each(lm, requests, settings)
 
 
@@ -92,7 +92,7 @@ def edit_batch(
     if not requests:
         raise MethodError("a batch needs at least one request")
     bar = progress and len(requests) > 1
-    return together(lm, requests, _settings(lm, method, context_templates, second_moment, hparams, progress=bar))
+    return together(lm, requests, settings_for(lm, method, context_templates, second_moment, hparams, progress=bar))
 
 
 def edit_sequence(
@@ -117,7 +117,7 @@ def edit_sequence(
     requests = _as_list(requests)
     check_number("per_step", per_step, whole=True, least=1)
     together = None if per_step == 1 else _together(method)
-    settings = _settings(lm, method, context_templates, second_moment, hparams)
+    settings = settings_for(lm, method, context_templates, second_moment, hparams)
     chunks = [tuple(requests[start : start + per_step]) for start in range(0, len(requests), per_step)]
 
     def steps() -> Iterator[Step]:
@@ -134,18 +134,20 @@ def edit_sequence(
     return steps()
 
 
-def _settings(
+def settings_for(
     lm: LanguageModel,
     method: str,
     context_templates: Sequence[str] | None,
     second_moment: SecondMomentLike,
     hparams: Mapping[str, Any],
-    **more: Any,
+    **run: Any,
 ) -> MethodSettings:
+    """What the arguments of `edit` mean for this model; run: the other fields of MethodSettings."""
     parameters = hyper_parameters(lm, method, **hparams)
     templates = as_templates(lm, context_templates, method)
-    moments = as_moments(lm, needed_moments(lm, method, parameters, second_moment))
-    return MethodSettings(method, parameters, templates, moments, **more)
+    moments = needed_moments(lm, method, parameters, second_moment)
+    moments = moments if isinstance(moments, SecondMoments) else SecondMoments(moments, lm)
+    return MethodSettings(method, parameters, templates, moments, **run)
 
 
 def _together(method: str):
@@ -171,10 +173,6 @@ def needed_moments(lm: LanguageModel, method: str, parameters: Any, given: Secon
     if given is None and method_named(method).needs_second_moment:
         return default_second_moments(lm, parameters.layers)
     return given
-
-
-def as_moments(lm: LanguageModel, given: SecondMomentLike) -> SecondMoments:
-    return given if isinstance(given, SecondMoments) else SecondMoments(given, lm)
 
 
 def _as_list(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
