@@ -69,7 +69,8 @@ def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: 
     def edits(places: Sequence[int]) -> list[Edit]:
         rows = RowsOfEdits(lm, [asked[place] for place in places], torch.arange(len(places))[:, None], lowest)
         tunings = _tune(lm, [rows], len(places), parameters)
-        return [_tuned_edit(lm, [requests[p]], tuning, settings) for p, tuning in zip(places, tunings, strict=True)]
+        of_places = zip(places, tunings, strict=True)
+        return [_tuned_edit(lm, [requests[place]], tuning, settings) for place, tuning in of_places]
 
     lengths = [len(each.row) for each in asked]
     return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, "ft"))
