@@ -31,7 +31,7 @@ _NAMES = {
     "edit": "methods.verbs",
     "edit_batch": "methods.verbs",
     "edit_sequence": "methods.verbs",
-    "METHODS": "methods.verbs",
+    "METHODS": "methods.table",
     "Edit": "edits.edit",
     "applied": "edits.overlays",
     "regularise": "edits.regularisers",

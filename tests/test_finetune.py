@@ -13,7 +13,7 @@ from nbkit.errors import MethodError, ModelError, PromptError
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods import finetune
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
-from nbkit.methods.method import Setting
+from nbkit.methods.method import MethodSettings
 from nbkit.records.requests import EditRequest
 
 FEW = FinetuneParameters(
@@ -22,9 +22,9 @@ FEW = FinetuneParameters(
 OBJECTIVES = pytest.mark.parametrize("objective", ["prompt_last", "target"])
 
 
-def setting(lm, parameters=FEW, batch_size=None, **changes) -> Setting:
+def settings(lm, parameters=FEW, batch_size=None, **changes) -> MethodSettings:
     parameters = dataclasses.replace(parameters, **changes)
-    return Setting(parameters, ["{}"], SecondMoments(None, lm), batch_size=batch_size)
+    return MethodSettings("ft", parameters, ["{}"], SecondMoments(None, lm), batch_size=batch_size)
 
 
 def nll(lm, model, request, objective) -> torch.Tensor:
@@ -86,7 +86,7 @@ def bits(lm):
 
 @OBJECTIVES
 def test_each_equals_adam_on_the_weights(lm, requests, tolerance, objective, bits):
-    edits = finetune_each(lm, requests, setting(lm, objective=objective))
+    edits = finetune_each(lm, requests, settings(lm, objective=objective))
     for request, found in zip(requests, edits, strict=True):
         expected = reference(lm, [request], dataclasses.replace(FEW, objective=objective))
         assert_same(found, *expected, tolerance)
@@ -95,7 +95,7 @@ def test_each_equals_adam_on_the_weights(lm, requests, tolerance, objective, bit
 
 @OBJECTIVES
 def test_together_equals_adam_on_the_weights(lm, requests, tolerance, objective, bits):
-    found = finetune_together(lm, requests, setting(lm, objective=objective))
+    found = finetune_together(lm, requests, settings(lm, objective=objective))
     assert_same(found, *reference(lm, requests, dataclasses.replace(FEW, objective=objective)), tolerance)
     assert found.requests == tuple(requests)
 
@@ -104,8 +104,8 @@ def test_the_target_becomes_likelier(lm, requests, bits):
     """Measured by plain passes over the edited model, from what info says on."""
     hparams = {"layers": (1,), "n_steps": 10, "norm_constraint": 0.02, "weight_decay": 0.0}
     for objective in ("prompt_last", "target"):
-        each = finetune_each(lm, requests, setting(lm, objective=objective, **hparams))
-        together = finetune_together(lm, requests, setting(lm, objective=objective, **hparams))
+        each = finetune_each(lm, requests, settings(lm, objective=objective, **hparams))
+        together = finetune_together(lm, requests, settings(lm, objective=objective, **hparams))
         for edits in ([(request, edit) for request, edit in zip(requests, each, strict=True)],
                       [(request, together) for request in requests]):  # fmt: skip
             gains = []
@@ -118,7 +118,7 @@ def test_the_target_becomes_likelier(lm, requests, bits):
 
 @pytest.mark.parametrize("layers", [(0,), (2,), (2, 0), (0, 1, 2)])
 def test_the_constraint_holds_and_nothing_else_changes(tiny, requests, layers):
-    options = setting(tiny, layers=layers, lr=0.1, n_steps=3)
+    options = settings(tiny, layers=layers, lr=0.1, n_steps=3)
     for edit in [*finetune_each(tiny, requests, options), finetune_together(tiny, requests, options)]:
         assert set(edit.deltas) == {tiny.weight_name(layer) for layer in layers}
         largest = max(float(delta.matrix.abs().max()) for delta in edit.deltas.values())
@@ -128,16 +128,16 @@ def test_the_constraint_holds_and_nothing_else_changes(tiny, requests, layers):
             changed = {name for name, p in tiny.model.named_parameters() if not torch.equal(p, before[name])}
             assert changed == set(edit.deltas)
         assert all(torch.equal(p, before[name]) for name, p in tiny.model.named_parameters())
-    free = finetune_each(tiny, requests[:1], setting(tiny, layers=layers, lr=0.1, norm_constraint=0.0))[0]
+    free = finetune_each(tiny, requests[:1], settings(tiny, layers=layers, lr=0.1, norm_constraint=0.0))[0]
     assert float(free.deltas[tiny.weight_name(layers[0])].matrix.abs().max()) > 0.05
 
 
 @OBJECTIVES
 def test_the_plain_way_gives_the_same(lm, requests, tolerance, objective, monkeypatch):
-    expected = finetune_each(lm, requests, setting(lm, objective=objective))
+    expected = finetune_each(lm, requests, settings(lm, objective=objective))
     lm.replayable = False
     monkeypatch.setattr(finetune, "SharedPass", None)
-    for found, one in zip(finetune_each(lm, requests, setting(lm, objective=objective)), expected, strict=True):
+    for found, one in zip(finetune_each(lm, requests, settings(lm, objective=objective)), expected, strict=True):
         deltas = {name: delta.dense() for name, delta in one.deltas.items()}
         assert_same(found, deltas, np.array(one.info["losses"])[:, 0], tolerance)
 
@@ -145,38 +145,38 @@ def test_the_plain_way_gives_the_same(lm, requests, tolerance, objective, monkey
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_edits_do_not_see_each_other(tiny, requests, batch_size):
     """Also where some stop long before the others."""
-    whole = finetune_each(tiny, requests, setting(tiny, n_steps=12, batch_size=3))
+    whole = finetune_each(tiny, requests, settings(tiny, n_steps=12, batch_size=3))
     last = sorted(edit.info["losses"][-1][0] for edit in whole)
     hparams = {"n_steps": 12, "early_stop_loss": (last[0] + last[1]) / 2}
-    expected = finetune_each(tiny, requests, setting(tiny, batch_size=3, **hparams))
+    expected = finetune_each(tiny, requests, settings(tiny, batch_size=3, **hparams))
     assert {edit.info["stop_reason"] for edit in expected} == {"loss", "steps"}
-    found = finetune_each(tiny, requests, setting(tiny, batch_size=batch_size, **hparams))
+    found = finetune_each(tiny, requests, settings(tiny, batch_size=batch_size, **hparams))
     for one, other, request in zip(found, expected, requests, strict=True):
         name = tiny.weight_name(2)
         torch.testing.assert_close(one.deltas[name].matrix, other.deltas[name].matrix, rtol=1e-7, atol=1e-10)
         np.testing.assert_allclose(one.info["losses"], other.info["losses"], rtol=1e-10)
         assert one.request is request and one.info["stop_reason"] == other.info["stop_reason"]
-    assert finetune_each(tiny, [], setting(tiny)) == []
+    assert finetune_each(tiny, [], settings(tiny)) == []
 
 
 def test_a_batch_that_memory_takes_in_parts_is_the_same(tiny, requests, monkeypatch):
-    expected = finetune_together(tiny, requests, setting(tiny))
+    expected = finetune_together(tiny, requests, settings(tiny))
     monkeypatch.setattr(finetune, "budget", lambda _device: 0)
-    found = finetune_together(tiny, requests, setting(tiny))
+    found = finetune_together(tiny, requests, settings(tiny))
     for name, delta in expected.deltas.items():
         torch.testing.assert_close(found.deltas[name].matrix, delta.matrix, rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(found.info["losses"], expected.info["losses"], rtol=1e-12)
 
 
 def test_it_stops_early_below_the_loss(tiny, requests):
-    (whole,) = finetune_each(tiny, requests[:1], setting(tiny, n_steps=8))
+    (whole,) = finetune_each(tiny, requests[:1], settings(tiny, n_steps=8))
     losses = [loss for (loss,) in whole.info["losses"]]
     assert len(losses) == 8 and whole.info["stop_reason"] == "steps"
     threshold = (losses[0] + losses[-1]) / 2
     n_losses = 1 + next(i for i, loss in enumerate(losses) if loss < threshold)
     for edit in (
-        *finetune_each(tiny, requests[:1], setting(tiny, n_steps=8, early_stop_loss=threshold)),
-        finetune_together(tiny, requests[:1], setting(tiny, n_steps=8, early_stop_loss=threshold)),
+        *finetune_each(tiny, requests[:1], settings(tiny, n_steps=8, early_stop_loss=threshold)),
+        finetune_together(tiny, requests[:1], settings(tiny, n_steps=8, early_stop_loss=threshold)),
     ):
         assert edit.info["stop_reason"] == "loss"
         assert [loss for (loss,) in edit.info["losses"]] == losses[:n_losses]
@@ -185,7 +185,7 @@ def test_it_stops_early_below_the_loss(tiny, requests):
 
 
 def test_the_numbers_in_info_belong_together(tiny, requests):
-    edits = finetune_each(tiny, requests, setting(tiny))
+    edits = finetune_each(tiny, requests, settings(tiny))
     for edit, request in zip(edits, requests, strict=True):
         info, deltas = edit.info, edit.deltas.values()
         assert info["update_norm"] == pytest.approx(sum(float(d.matrix.norm()) ** 2 for d in deltas) ** 0.5)
@@ -193,7 +193,7 @@ def test_the_numbers_in_info_belong_together(tiny, requests):
         assert info["losses"][0][0] == pytest.approx(float(nll(tiny, tiny.model, request, "target")))
         assert info["layers"] == "0, 2" and edit.method == "ft" and edit.hparams["lr"] == 5e-3
     assert [edit.info["subject_kind"] for edit in edits] == ["one-token first", "one-token first", "later"]
-    together = finetune_together(tiny, requests, setting(tiny, n_steps=1))
+    together = finetune_together(tiny, requests, settings(tiny, n_steps=1))
     first = [edit.info["losses"][0][0] for edit in edits]
     assert together.info["losses"] == [[pytest.approx(np.mean(first))]]
     assert together.info["target_probability"] == pytest.approx(np.mean(np.exp(np.negative(first))))
@@ -203,7 +203,7 @@ def test_the_numbers_in_info_belong_together(tiny, requests):
 def test_a_nan_model_is_reported_not_hidden(tiny, requests):
     with torch.no_grad():
         tiny.weight(2)[0, 0] = torch.nan
-    for edit in [*finetune_each(tiny, requests, setting(tiny)), finetune_together(tiny, requests, setting(tiny))]:
+    for edit in [*finetune_each(tiny, requests, settings(tiny)), finetune_together(tiny, requests, settings(tiny))]:
         assert edit.info["stop_reason"] == "nan" and np.isnan(edit.info["losses"]).all()
         assert len(edit.info["losses"]) == 1
         assert all(not delta.matrix.any() for delta in edit.deltas.values())
@@ -211,7 +211,7 @@ def test_a_nan_model_is_reported_not_hidden(tiny, requests):
 
 def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
     lm = make_lm("llama", dtype=torch.bfloat16)
-    (found,) = finetune_each(lm, requests[:1], setting(lm))
+    (found,) = finetune_each(lm, requests[:1], settings(lm))
     assert {delta.matrix.dtype for delta in found.deltas.values()} == {torch.float32}
     with applied(lm, found):
         assert lm.weight(2).dtype == torch.bfloat16
@@ -220,15 +220,15 @@ def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"layers": ()}, r"layers must be one or more different layers, not \[\]"),
-        ({"layers": (1, 1)}, r"layers must be one or more different layers, not \[1, 1\]"),
-        ({"objective": "target_new"}, "objective 'target_new' is unknown; it is one of prompt_last, target"),
-        ({"n_steps": 0}, "n_steps must be above 0, not 0"),
-        ({"lr": 0.0}, "lr must be above 0"),
-        ({"lr": float("nan")}, "lr must be above 0"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or above"),
-        ({"norm_constraint": -1e-4}, "norm_constraint must be 0 or above"),
-        ({"early_stop_loss": -1.0}, "early_stop_loss must be 0 or above"),
+        ({"layers": ()}, r"layers must be one or more different whole numbers, not \(\)"),
+        ({"layers": (1, 1)}, r"layers must be one or more different whole numbers, not \(1, 1\)"),
+        ({"objective": "target_new"}, "objective must be one of prompt_last, target, not 'target_new'"),
+        ({"n_steps": 0}, "n_steps must be a whole number from 1 on, not 0"),
+        ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
+        ({"lr": float("nan")}, "lr must be a number above 0, not nan"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number from 0 on"),
+        ({"norm_constraint": -1e-4}, "norm_constraint must be a number from 0 on"),
+        ({"early_stop_loss": -1.0}, "early_stop_loss must be a number from 0 on"),
     ],
 )
 def test_bad_hyper_parameters(hparams, message):
@@ -239,11 +239,11 @@ def test_bad_hyper_parameters(hparams, message):
 def test_what_cannot_be_read_names_its_request(tiny):
     long = EditRequest("Vouda " * 100 + "{} is", "Ann", "Krela", case_id=17)
     with pytest.raises(PromptError, match="request 17"):
-        finetune_each(tiny, [long], setting(tiny))
+        finetune_each(tiny, [long], settings(tiny))
     long_target = EditRequest("{} is", "Ann", "Krela " * 100, case_id=18)
     with pytest.raises(PromptError, match="request 18"):
-        finetune_together(tiny, [long_target], setting(tiny))
-    (found,) = finetune_each(tiny, [long_target], setting(tiny, objective="prompt_last", n_steps=1))  # not read there
+        finetune_together(tiny, [long_target], settings(tiny))
+    (found,) = finetune_each(tiny, [long_target], settings(tiny, objective="prompt_last", n_steps=1))  # not read there
     assert np.isfinite(found.info["losses"]).all()
     with pytest.raises(ModelError, match="layer 3 does not exist"):
-        finetune_each(tiny, [EditRequest("{} is", "Ann", "Krela")], setting(tiny, layers=(1, 3)))
+        finetune_each(tiny, [EditRequest("{} is", "Ann", "Krela")], settings(tiny, layers=(1, 3)))

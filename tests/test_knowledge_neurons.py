@@ -10,7 +10,7 @@ from nbkit.errors import MethodError, PromptError
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods import knowledge_neurons
 from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, attributions, knowledge_neurons_each
-from nbkit.methods.method import Setting
+from nbkit.methods.method import MethodSettings
 from nbkit.models.blocks import adds_value
 from nbkit.models.hooks import capture
 from nbkit.records.requests import EditRequest
@@ -20,9 +20,9 @@ PUBLISHED = KnowledgeNeuronParameters(
 )  # fmt: skip
 
 
-def setting(lm, templates=("{}",), batch_size=None, **changes) -> Setting:
+def settings(lm, templates=("{}",), batch_size=None, **changes) -> MethodSettings:
     parameters = dataclasses.replace(PUBLISHED, **changes)
-    return Setting(parameters, list(templates), SecondMoments(None, lm), batch_size=batch_size)
+    return MethodSettings("kn", parameters, list(templates), SecondMoments(None, lm), batch_size=batch_size)
 
 
 def probability(lm, row, token, layer=None, key=None) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_the_named_columns_change_and_nothing_else(lm, requests, tolerance):
     embedding = lm.model.get_input_embeddings().weight
     chosen = [requests[0], dataclasses.replace(requests[2], target_true="Ann and the harp")]
     assert [len(ids(lm, request.target_true)) for request in chosen] == [1, 4]
-    edits = knowledge_neurons_each(lm, chosen, setting(lm))
+    edits = knowledge_neurons_each(lm, chosen, settings(lm))
     for request, edit in zip(chosen, edits, strict=True):
         row, answer = lm.tokenizer(request.text).input_ids, ids(lm, request.target_true)
         scores = [reference(lm, row + answer[:i], token, 20) for i, token in enumerate(answer)]
@@ -122,7 +122,7 @@ def test_the_named_columns_change_and_nothing_else(lm, requests, tolerance):
 
 
 def test_without_a_true_target_it_is_the_models_own_first_choice(tiny, requests):
-    (edit,) = knowledge_neurons_each(tiny, [requests[1]], setting(tiny))
+    (edit,) = knowledge_neurons_each(tiny, [requests[1]], settings(tiny))
     row = tiny.tokenizer(requests[1].text).input_ids
     choice = int(tiny.model(torch.tensor([row])).logits[0, -1].argmax())
     embedding = tiny.model.get_input_embeddings().weight
@@ -144,36 +144,36 @@ def test_refined_neurons_are_those_of_enough_prompts(tiny, requests, contexts):
             counts[layer, index] = counts.get((layer, index), 0) + 1
     found = {}
     for p in (0.0, 0.4, 0.7):
-        (edit,) = knowledge_neurons_each(tiny, [request], setting(tiny, contexts, refine=True, p=p))
+        (edit,) = knowledge_neurons_each(tiny, [request], settings(tiny, contexts, refine=True, p=p))
         assert named_neurons(edit) == sorted(neuron for neuron, count in counts.items() if count > p * 5)
         found[p] = edit.info["n_neurons"]
     assert found[0.0] > found[0.4] >= found[0.7] >= 1
     with pytest.raises(MethodError, match="n_prompts is 6, but there are 5 context_templates"):
-        knowledge_neurons_each(tiny, [request], setting(tiny, contexts, refine=True, n_prompts=6))
+        knowledge_neurons_each(tiny, [request], settings(tiny, contexts, refine=True, n_prompts=6))
 
 
 def test_the_strongest_neuron_is_always_taken(tiny, requests, monkeypatch):
     scores = torch.full((1, 3, tiny.d_mlp), -1.0)
     scores[0, 1, 7] = -0.5  # none speaks for the answer, so that none is above the threshold
     monkeypatch.setattr(knowledge_neurons, "attributions", lambda _lm, rows, *_rest: scores.expand(len(rows), -1, -1))
-    (edit,) = knowledge_neurons_each(tiny, requests[:1], setting(tiny))
+    (edit,) = knowledge_neurons_each(tiny, requests[:1], settings(tiny))
     assert (edit.info["n_neurons"], edit.info["neurons"]) == (1, "1:7")
     assert set(edit.deltas) == {tiny.weight_name(1)}
 
 
 def test_batches_do_not_matter(tiny, requests):
-    whole = knowledge_neurons_each(tiny, requests, setting(tiny, batch_size=3))
+    whole = knowledge_neurons_each(tiny, requests, settings(tiny, batch_size=3))
     for batch_size in (None, 1, 2):
-        found = knowledge_neurons_each(tiny, requests, setting(tiny, batch_size=batch_size))
+        found = knowledge_neurons_each(tiny, requests, settings(tiny, batch_size=batch_size))
         for one, other, request in zip(found, whole, requests, strict=True):
             assert one.info == other.info and one.request is request
             assert all(torch.equal(one.deltas[name].dense(), other.deltas[name].dense()) for name in other.deltas)
-    assert knowledge_neurons_each(tiny, [], setting(tiny)) == []
+    assert knowledge_neurons_each(tiny, [], settings(tiny)) == []
 
 
 def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
     lm = make_lm("llama", dtype=torch.bfloat16)
-    (found,) = knowledge_neurons_each(lm, requests[:1], setting(lm))
+    (found,) = knowledge_neurons_each(lm, requests[:1], settings(lm))
     assert {delta.left.dtype for delta in found.deltas.values()} == {torch.float32}
     with applied(lm, found):
         assert lm.weight(0).dtype == torch.bfloat16
@@ -182,13 +182,14 @@ def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"adaptive_threshold": 1.0}, "adaptive_threshold must be from 0 to below 1, not 1.0"),
-        ({"adaptive_threshold": -0.1}, "adaptive_threshold must be from 0 to below 1"),
-        ({"p": 1.0}, "p must be from 0 to below 1"),
-        ({"p": float("nan")}, "p must be from 0 to below 1"),
-        ({"n_steps": 0}, "n_steps must be above 0, not 0"),
-        ({"n_prompts": 0}, "n_prompts must be above 0"),
-        ({"factor": 0.0}, "factor must be above 0"),
+        ({"adaptive_threshold": 1.0}, "adaptive_threshold must be a number from 0 on and below 1, not 1.0"),
+        ({"adaptive_threshold": -0.1}, "adaptive_threshold must be a number from 0 on and below 1"),
+        ({"p": 1.0}, "p must be a number from 0 on and below 1"),
+        ({"p": float("nan")}, "p must be a number from 0 on and below 1"),
+        ({"n_steps": 0}, "n_steps must be a whole number from 1 on, not 0"),
+        ({"n_prompts": 0}, "n_prompts must be a whole number from 1 on"),
+        ({"factor": 0.0}, "factor must be a number above 0"),
+        ({"refine": 1}, "refine must be True or False, not 1"),
     ],
 )
 def test_bad_hyper_parameters(hparams, message):
@@ -199,7 +200,7 @@ def test_bad_hyper_parameters(hparams, message):
 def test_what_cannot_be_edited(make_lm, tiny, requests):
     projected = make_lm("opt", word_embed_proj_dim=16)
     with pytest.raises(MethodError, match="tiny-opt has them 16 wide, its MLP 32"):
-        knowledge_neurons_each(projected, requests, setting(projected))
+        knowledge_neurons_each(projected, requests, settings(projected))
     long = EditRequest("Vouda " * 100 + "{} is", "Ann", "Krela", case_id=17)
     with pytest.raises(PromptError, match="request 17"):
-        knowledge_neurons_each(tiny, [long], setting(tiny))
+        knowledge_neurons_each(tiny, [long], settings(tiny))

@@ -164,11 +164,13 @@ def test_it_equals_the_published_implementation(shared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": []}, "layers must be one or more different layers"),
-        ({"layers": [1, 1]}, "layers must be one or more different layers"),
-        ({"layers": 1}, "memit's layers must be a list of whole numbers, not 1"),
+        ({"layers": []}, "layers must be one or more different whole numbers"),
+        ({"layers": [1, 1]}, "layers must be one or more different whole numbers"),
+        ({"layers": 1}, "layers must be one or more different whole numbers, not 1"),
+        ({"layers": [0.0]}, "layers must be one or more different whole numbers"),
+        ({"key_cache": 0}, "key_cache must be True or False, not 0"),
         ({"second_moment_weight": 0.0}, "second_moment_weight and norm_weight are both 0"),
-        ({"ridge": -1.0}, "ridge must be 0 or above"),
+        ({"ridge": -1.0}, "ridge must be a number from 0 on, not -1.0"),
         ({"nullspace_threshold": 1e-9}, "no eigenvalue of the second moment at layer 0 is below 1e-09"),
     ],
 )

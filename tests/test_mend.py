@@ -29,7 +29,7 @@ from nbkit.methods.mend import (
     weights_path,
 )
 from nbkit.methods.mend_training import MendRecipe, changes_of, not_among, train, train_to_file
-from nbkit.methods.method import Setting
+from nbkit.methods.method import MethodSettings
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad, target_ids, tokenize
 from nbkit.records.requests import EditRequest
@@ -55,15 +55,15 @@ def hypernetwork(lm, seed: int | None = None) -> Hypernetwork:
     return made
 
 
-def written(lm, folder, seed: int | None = None) -> Setting:
+def written(lm, folder, seed: int | None = None) -> MethodSettings:
     """What an edit gets: a hypernetwork of this model in a file."""
     path = folder / "mend.safetensors"
     save_hypernetwork(path, hypernetwork(lm, seed), lm)
     return setting(path)
 
 
-def setting(path="", lr_scale: float = 1.0, batch_size: int | None = None) -> Setting:
-    return Setting(MendParameters(str(path), lr_scale), ["{}"], None, batch_size=batch_size)
+def setting(path="", lr_scale: float = 1.0, batch_size: int | None = None) -> MethodSettings:
+    return MethodSettings("mend", MendParameters(str(path), lr_scale), ["{}"], None, batch_size=batch_size)
 
 
 def plain_nll(lm, request) -> torch.Tensor:
@@ -302,7 +302,7 @@ def test_a_file_that_is_replaced_is_read_anew(tiny, requests, tmp_path):
 
 @pytest.mark.parametrize("lr_scale", [0.0, -1.0, math.nan])
 def test_bad_parameters(lr_scale):
-    with pytest.raises(MethodError, match="lr_scale must be above 0"):
+    with pytest.raises(MethodError, match="lr_scale must be a number above 0"):
         MendParameters("", lr_scale)
 
 

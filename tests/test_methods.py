@@ -3,14 +3,21 @@
 import dataclasses
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 
 from nbkit.edits.overlays import applied
-from nbkit.errors import MethodError
-from nbkit.methods import verbs
-from nbkit.methods.verbs import METHODS, edit, edit_batch, edit_sequence
+from nbkit.errors import MethodError, ModelError, PromptError
+from nbkit.methods import hparams
+from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
+from nbkit.methods.table import METHODS
+from nbkit.methods.verbs import edit, edit_batch, edit_sequence
 from nbkit.models.blocks import adds_value
+from nbkit.models.continuations import continuations, wished
+from nbkit.models.prompts import target_ids
+from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import score_targets
 
 # Hyper-parameters that a tiny random model needs, whose weights are large and whose losses are rough.
@@ -27,7 +34,7 @@ BATCHES = [name for name, method in METHODS.items() if method.together and name 
 
 
 def tables() -> dict:
-    return tomllib.loads(verbs.HPARAMS.read_text())
+    return tomllib.loads(hparams.HPARAMS.read_text())
 
 
 def arguments(lm, method: str) -> dict:
@@ -100,3 +107,59 @@ def test_unknown_hyper_parameters_and_methods_are_refused_by_every_verb(tiny, re
             verb(tiny, requests, method="memmit")
         with pytest.raises(MethodError, match="memit has no hyper-parameter lambda_"):
             verb(tiny, requests, method="memit", lambda_=3.0)
+
+
+def test_what_is_given_as_none_is_the_default_for_every_verb(tiny, requests, contexts):
+    tiny.name = "tiny-miniworld-gpt2"  # of the family whose layer is 4
+    with pytest.raises(ModelError, match="layer 4 does not exist"):
+        edit(tiny, requests, layer=None)
+    for verb in (edit_batch, edit_sequence):
+        with pytest.raises(ModelError, match="layer 3 does not exist"):
+            verb(tiny, requests, "memit", layers=None)
+    options = {**OPTIONS["rome"], "context_templates": contexts, "progress": False}
+    (default,) = edit(tiny, requests[0], **options)
+    (given_as_none,) = edit(tiny, requests[0], **options, key_mode=None, early_stop_loss=None, v_num_grad_steps=None)
+    assert given_as_none.hparams == default.hparams and given_as_none.info["losses"] == default.info["losses"]
+    assert hyper_parameters(tiny, "kn", refine=None, factor=3).factor == 3.0
+    with pytest.raises(MethodError, match="kn has no hyper-parameter layer"):
+        edit(tiny, requests, "kn", layer=None)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_no_requests_are_no_edits(tiny, contexts, method):
+    assert edit(tiny, [], context_templates=contexts, **arguments(tiny, method)) == []
+
+
+def test_batches_come_back_in_order_whatever_their_costs(tiny):
+    settings = MethodSettings("rome", None, ["{}"], None, batch_size=2)
+    seen = []
+
+    def doubled(places):
+        seen.append(list(places))
+        return [2 * place for place in places]
+
+    costs = [5, 1, 4, 1, 3]
+    assert in_order(batches_by_cost(settings, costs, 10, doubled, "test")) == [0, 2, 4, 6, 8]
+    assert seen == [[1, 3], [4, 2], [0]]
+    with pytest.raises(ValueError):
+        in_order(batches_by_cost(settings, costs, 10, lambda places: [0], "test"))
+    assert in_order([]) == []
+
+
+def test_a_continuation_says_where_each_token_of_its_target_is_asked(tiny, requests):
+    text, target = tiny.tokenizer(requests[2].text).input_ids, target_ids(tiny, requests[2].target_new)
+    assert len(target) > 1
+    (forced,), (alone,) = (wished(tiny, requests[2:], teacher_forced) for teacher_forced in (True, False))
+    assert forced.row == text + target[:-1] and alone.row == text and forced.target == alone.target == target
+    assert list(forced.predicting) == list(range(len(text) - 1, len(text) + len(target) - 1))
+    assert list(alone.predicting) == [len(text) - 1] * len(target)
+    with pytest.raises(PromptError, match="the target is empty"):
+        continuations(tiny, [requests[0].text], [" "])
+    with pytest.raises(PromptError, match=r"request 17 \(subject 'Ann'\).*more than the context"):
+        wished(tiny, [EditRequest("{} is", "Ann", "Krela " * 100, case_id=17)])
+
+
+def test_whole_numbers_do_for_floats_and_lists_for_tuples(tiny):
+    parameters = hyper_parameters(tiny, "ft", layers=[2, 0], n_steps=np.int64(3), lr=1, norm_constraint=0)
+    assert (parameters.layers, parameters.n_steps, parameters.lr) == ((2, 0), 3, 1.0)
+    assert [type(value) for value in (parameters.layers, parameters.n_steps, parameters.lr)] == [tuple, int, float]

@@ -26,7 +26,7 @@ def test_denominators_are_those_of_the_edits_and_the_bound_holds(lm, requests, c
 
 
 def test_it_takes_the_models_own_layer_and_seeded_templates(tiny, requests, monkeypatch):
-    monkeypatch.setattr("nbkit.methods.verbs._defaults", lambda lm, method: {**DEFAULTS, "layer": 2})
+    monkeypatch.setattr("nbkit.methods.hparams._defaults", lambda lm, method: {**DEFAULTS, "layer": 2})
     assert set(collapse_risk(tiny, requests)["layer"]) == {2}
     pd.testing.assert_frame_equal(collapse_risk(tiny, requests), collapse_risk(tiny, requests))
     assert len(collapse_risk(tiny, [])) == 0

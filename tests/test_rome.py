@@ -10,7 +10,8 @@ from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError, RequestError
 from nbkit.keys.extract import in_contexts, keys_and_values
 from nbkit.keys.moments import SecondMoments
-from nbkit.methods.verbs import edit, edit_sequence, hyper_parameters
+from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.verbs import edit, edit_sequence
 from nbkit.models.loading import load
 from nbkit.models.prompts import context_templates
 from nbkit.plain import rome as plain_rome
@@ -250,18 +251,19 @@ def test_unknown_methods_and_hyper_parameters(tiny, requests, contexts):
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"key_mode": "mixd"}, "key_mode 'mixd' is unknown; it is one of mixed, prefixed, plain"),
-        ({"layer": 1.5}, "rome's layer must be int, not 1.5"),
-        ({"layer": True}, "rome's layer must be int, not True"),
-        ({"v_lr": "0.5"}, "rome's v_lr must be float, not '0.5'"),
-        ({"v_lr": 0}, "v_lr must be above 0"),
-        ({"v_lr": float("nan")}, "v_lr must be above 0"),
-        ({"v_num_grad_steps": 0}, "v_num_grad_steps must be above 0"),
-        ({"v_num_grad_steps": 2.0}, "v_num_grad_steps must be int"),
-        ({"clamp_norm_factor": -1}, "clamp_norm_factor must be above 0"),
-        ({"kl_factor": -0.1}, "kl_factor must be 0 or above"),
-        ({"v_weight_decay": -0.1}, "v_weight_decay must be 0 or above"),
-        ({"key_mode": None}, "key_mode must be str, not None"),
+        ({"key_mode": "mixd"}, "key_mode must be one of mixed, prefixed, plain, not 'mixd'"),
+        ({"key_mode": 0}, "key_mode must be one of mixed, prefixed, plain, not 0"),
+        ({"layer": 1.5}, "layer must be a whole number, not 1.5"),
+        ({"layer": True}, "layer must be a whole number, not True"),
+        ({"v_lr": "0.5"}, "v_lr must be a number above 0, not '0.5'"),
+        ({"v_lr": 0}, "v_lr must be a number above 0, not 0"),
+        ({"v_lr": float("nan")}, "v_lr must be a number above 0, not nan"),
+        ({"v_num_grad_steps": 0}, "v_num_grad_steps must be a whole number from 1 on"),
+        ({"v_num_grad_steps": 2.0}, "v_num_grad_steps must be a whole number from 1 on"),
+        ({"clamp_norm_factor": -1}, "clamp_norm_factor must be a number above 0"),
+        ({"kl_factor": -0.1}, "kl_factor must be a number from 0 on"),
+        ({"v_weight_decay": -0.1}, "v_weight_decay must be a number from 0 on"),
+        ({"early_stop_loss": [0.05]}, r"early_stop_loss must be a number, not \[0.05\]"),
     ],
 )
 def test_bad_hyper_parameters(tiny, requests, hparams, message):
@@ -313,6 +315,8 @@ def test_defaults_follow_the_model_family(tiny, monkeypatch, name, expected):
     assert (found.layer, found.v_num_grad_steps, found.v_weight_decay) == expected
     assert (found.key_mode, found.v_lr, found.clamp_norm_factor, found.kl_factor) == ("mixed", 0.5, 4.0, 0.0625)
     assert hyper_parameters(tiny, "rome", v_num_grad_steps=3).v_num_grad_steps == 3
+    given_as_none = hyper_parameters(tiny, "rome", layer=None, v_num_grad_steps=None, key_mode=None)
+    assert given_as_none == found
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.editable import EditableModel
 from nbkit.edits.updates import Dense, Update, total
 from nbkit.errors import MethodError, ModelError
-from nbkit.records.bounds import check_number
+from nbkit.records.bounds import check_choice, check_number
 
 Deltas = dict[str, Update]
 
@@ -47,16 +47,12 @@ def regularise(edit: Edit, lm: EditableModel, name: str, **arguments: Any) -> Ed
     given = _arguments(name, function, arguments)
     deltas, measured = function(edit, lm, **given)
     before, new = edit.norm(), dataclasses.replace(edit, deltas=deltas)
-    after = new.norm()
-    earlier = edit.info.get("regulariser")
-    more = {
-        "regulariser": f"{earlier} + {name}" if earlier else name,
-        **{argument: value for argument, value in given.items() if value is not None and not isinstance(value, Edit)},
-        **measured,
-        "norm_ratio": after / before if before else math.nan,
-    }
-    more = {key if key == "regulariser" else f"regulariser_{key}": value for key, value in more.items()}
-    return dataclasses.replace(new, info={**edit.info, **more, "update_norm": after})
+    after, earlier = new.norm(), edit.info.get("regulariser")
+    about = {argument: value for argument, value in given.items() if value is not None and not isinstance(value, Edit)}
+    about |= {**measured, "norm_ratio": after / before if before else math.nan}
+    info = {**edit.info, "regulariser": f"{earlier} + {name}" if earlier else name}
+    info |= {f"regulariser_{argument}": value for argument, value in about.items()}
+    return dataclasses.replace(new, info={**info, "update_norm": after})
 
 
 def accumulated(edits: Sequence[Edit]) -> Edit:
@@ -69,14 +65,10 @@ def accumulated(edits: Sequence[Edit]) -> Edit:
     edits = list(edits)
     if not edits:
         raise MethodError("there are no edits to accumulate")
-    of_weight: dict[str, list[Update]] = {}
-    for edit in edits:
-        for name, delta in edit.deltas.items():
-            of_weight.setdefault(name, []).append(delta)
-    deltas = {name: total(parts, name) for name, parts in of_weight.items()}
+    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
     same = all(dict(edit.hparams) == dict(edits[0].hparams) for edit in edits)
     added = Edit(
-        deltas,
+        {name: total([edit.deltas[name] for edit in edits if name in edit.deltas], name) for name in names},
         tuple(request for edit in edits for request in edit.requests),
         " + ".join(dict.fromkeys(edit.method for edit in edits)),
         dict(edits[0].hparams) if same else {},
@@ -92,17 +84,13 @@ def rect(edit: Edit, lm: EditableModel, *, keep: float) -> tuple[Deltas, dict]:
     row.
     """
     check_number("keep", keep, above=0, most=1)
-
-    def relative_change(name: str, update: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-        change = update.double().abs()
-        ratio = change / lm.oriented(name).double().abs()
-        return torch.where(change == 0, 0.0, ratio.nan_to_num(nan=torch.inf, posinf=torch.inf))
-
     deltas = {}
     for name, delta in edit.deltas.items():
         update = delta.to(lm.device).dense()
-        kept = _largest(relative_change(name, update).reshape(-1), round(keep * update.numel()))
-        deltas[name] = Dense(torch.where(kept.view_as(update), update, 0))
+        change = update.double().abs()
+        ratio = (change / lm.oriented(name).double().abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        relative = torch.where(change == 0, 0.0, ratio).reshape(-1)
+        deltas[name] = _only(update, _largest(relative, round(keep * update.numel())))
     return deltas, {}
 
 
@@ -119,7 +107,7 @@ def random(edit: Edit, lm: EditableModel, *, keep: float, seed: int) -> tuple[De
         update = delta.dense()
         kept = torch.zeros(update.numel(), dtype=torch.bool)
         kept[torch.randperm(update.numel(), generator=generator)[: round(keep * update.numel())]] = True
-        deltas[name] = Dense(torch.where(kept.view(update.shape).to(update.device), update, 0))
+        deltas[name] = _only(update, kept)
     return deltas, {}
 
 
@@ -132,8 +120,7 @@ def pca(edit: Edit, lm: EditableModel, *, n_components: int, variant: str = "pro
     columns of zeros, without the way back; they are coordinates in another basis than the model's, so that little is
     left of the edit. The sign of a component, free in theory, is that which makes its largest entry positive.
     """
-    if variant not in ("proper", "as_released"):
-        raise MethodError(f"pca's variant {variant!r} is unknown; it is one of proper, as_released")
+    check_choice("variant", variant, ("proper", "as_released"))
     check_number("n_components", n_components, least=1, whole=True)
     deltas = {}
     for name, delta in edit.deltas.items():
@@ -169,8 +156,7 @@ def prune(edit: Edit, lm: EditableModel, *, base: float = math.e, function: str 
     """
     if lm.n_applied:
         raise ModelError(f"prune compares with the unedited weights, but {lm.name} carries {lm.n_applied} edit(s)")
-    if function not in ("log", "linear"):
-        raise MethodError(f"prune's function {function!r} is unknown; it is one of log, linear")
+    check_choice("function", function, ("log", "linear"))
     check_number("base", base, above=1, below=math.inf)
     deltas, limits, restrained = {}, [], []
     for name, delta in edit.deltas.items():
@@ -221,11 +207,7 @@ def scale(
 
 # (edit, lm, **arguments) -> the new updates, and what `info` says about them besides the arguments
 REGULARISERS: dict[str, Callable[..., tuple[Deltas, dict]]] = {
-    "rect": rect,
-    "random": random,
-    "pca": pca,
-    "prune": prune,
-    "scale": scale,
+    function.__name__: function for function in (rect, random, pca, prune, scale)
 }
 
 
@@ -245,6 +227,11 @@ def _arguments(name: str, function: Callable, given: dict[str, Any]) -> dict[str
 def _check_finite(name: str, delta: Update) -> None:
     if not delta.isfinite():
         raise MethodError(f"the update of {name} holds NaN or infinite values, of which there are no singular values")
+
+
+def _only(update: Float[Tensor, "d_out d_in"], kept: Bool[Tensor, " n"]) -> Dense:
+    """The update's entries that are kept, counted row by row; all others 0."""
+    return Dense(torch.where(kept.view(update.shape).to(update.device), update, 0))
 
 
 def _largest(scores: Float[Tensor, " n"], n: int) -> Bool[Tensor, " n"]:

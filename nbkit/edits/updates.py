@@ -64,8 +64,9 @@ class LowRank:
         left, right = (torch.linalg.qr(part.double()).R for part in (self.left, self.right.T))
         return float((left @ right.T).norm())
 
-    def to(self, device: torch.device | str) -> Self:
-        return LowRank(self.left.to(device), self.right.to(device))
+    def to(self, place: torch.device | str | torch.dtype) -> Self:
+        """On a device, or in a number type."""
+        return LowRank(self.left.to(place), self.right.to(place))
 
     def isfinite(self) -> bool:
         return bool(self.left.isfinite().all() and self.right.isfinite().all())
@@ -125,8 +126,8 @@ class Dense:
     def norm(self) -> float:
         return float(self.matrix.double().norm())
 
-    def to(self, device: torch.device | str) -> Self:
-        return Dense(self.matrix.to(device))
+    def to(self, place: torch.device | str | torch.dtype) -> Self:
+        return Dense(self.matrix.to(place))
 
     def isfinite(self) -> bool:
         return bool(self.matrix.isfinite().all())

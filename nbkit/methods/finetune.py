@@ -21,24 +21,24 @@ subject_kind. The updates are on the CPU: a full matrix an edit is soon more tha
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense
-from nbkit.errors import MethodError
 from nbkit.keys.extract import widened
-from nbkit.methods.method import Setting, side_by_side
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.models.continuations import Continuation, row_bytes, wished
 from nbkit.models.edited import Changes, SharedPass, WholePass
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import Footprint, budget
-from nbkit.models.prompts import check_length, named, subject_kind, target_ids, tokenize
+from nbkit.models.memory import budget
 from nbkit.models.replay import can_replay
+from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
 OBJECTIVES = ("prompt_last", "target")
@@ -46,85 +46,49 @@ COPIES = 6  # of a weight that an edit takes: its update, gradient, two moments;
 
 
 @dataclass(frozen=True)
-class FinetuneParameters:
+class FinetuneParameters(Bounded):
     """Hyper-parameters of FT; their defaults by model are in hparams.toml."""
 
     layers: tuple[int, ...]
-    objective: str
-    n_steps: int  # at most
-    lr: float  # of Adam, on the weights
-    weight_decay: float  # of Adam: so many times the weight is added to its gradient
-    norm_constraint: float  # ε; 0: none
-    early_stop_loss: float  # stop, without another step, once the loss is below
-
-    def __post_init__(self):
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise MethodError(f"layers must be one or more different layers, not {list(self.layers)}")
-        if self.objective not in OBJECTIVES:
-            raise MethodError(f"objective {self.objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
-        for name in ("n_steps", "lr"):
-            if not getattr(self, name) > 0:
-                raise MethodError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "norm_constraint", "early_stop_loss"):
-            if not getattr(self, name) >= 0:
-                raise MethodError(f"{name} must be 0 or above, not {getattr(self, name)}")
+    objective: str = bounded(choices=OBJECTIVES)
+    n_steps: int = bounded(least=1)  # at most
+    lr: float = bounded(above=0)  # of Adam, on the weights
+    weight_decay: float = bounded(least=0)  # of Adam: so many times the weight is added to its gradient
+    norm_constraint: float = bounded(least=0)  # ε; 0: none
+    early_stop_loss: float = bounded(least=0)  # stop, without another step, once the loss is below
 
 
-def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
-    """One edit a request, each of the model as it is. The model is unchanged afterwards.
+def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
+    """One edit a request. Adam and the clamp work element by element and each loss depends on its own update only, so
+    those computed side by side do not see each other."""
+    parameters: FinetuneParameters = settings.parameters
+    asked = wished(lm, requests, parameters.objective == "target")
+    lowest = min(map(lm.check_layer, parameters.layers))
+    room = _matrix_bytes(lm, parameters) + row_bytes(lm, asked, lowest)  # of one edit
 
-    Edits are computed side by side, `batch_size` at once or as many as memory takes. Adam and the clamp work element
-    by element and each loss depends on its own update only, so they do not see each other.
-    """
-    parameters: FinetuneParameters = setting.parameters
-    jobs = [_job(lm, request, parameters.objective) for request in requests]
-    room = _matrix_bytes(lm, parameters) + _row_bytes(lm, jobs, parameters)  # of one edit
+    def edits(places: Sequence[int]) -> list[Edit]:
+        rows = RowsOfEdits(lm, [asked[place] for place in places], torch.arange(len(places))[:, None], lowest)
+        tunings = _tune(lm, [rows], len(places), parameters)
+        of_places = zip(places, tunings, strict=True)
+        return [_tuned_edit(lm, [requests[place]], tuning, settings) for place, tuning in of_places]
 
-    def batch(places: Sequence[int]) -> list[Edit]:
-        chosen = [jobs[place] for place in places]
-        reading = _Reading(lm, chosen, [[number] for number in range(len(chosen))], parameters)
-        tuned = _tune(lm, [reading], len(chosen), parameters)
-        return [_edit(lm, [job.request], one, parameters) for job, one in zip(chosen, tuned, strict=True)]
-
-    edits: dict[int, Edit] = {}
-    lengths = [len(job.row) for job in jobs]
-    for places, made in side_by_side(setting, lengths, budget(lm.device) // room, batch, "ft"):
-        edits |= zip(places, made, strict=True)
-    return [edits[place] for place in range(len(jobs))]
+    lengths = [len(each.row) for each in asked]
+    return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, "ft"))
 
 
-def finetune_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> Edit:
-    """One edit for all requests: its loss is the mean of theirs. The model is unchanged afterwards.
+def finetune_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
+    """One edit for all requests: its loss is the mean of theirs.
 
     Every step is one of the whole batch, whose gradient is added up over as many requests at once as memory takes.
     """
-    parameters: FinetuneParameters = setting.parameters
-    jobs = sorted((_job(lm, request, parameters.objective) for request in requests), key=lambda job: len(job.row))
-    size = max(1, (budget(lm.device) - _matrix_bytes(lm, parameters)) // _row_bytes(lm, jobs, parameters))
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    readings = [_Reading(lm, chunk, [range(len(chunk))], parameters) for chunk in chunks]
-    (tuned,) = _tune(lm, readings, 1, parameters, setting.progress)
-    return _edit(lm, requests, tuned, parameters)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A request as tokens: what is read, and for each token of the target the position that predicts it."""
-
-    request: EditRequest
-    row: list[int]
-    target: list[int]
-    asked: list[int]
-
-
-def _job(lm: LanguageModel, request: EditRequest, objective: str) -> _Job:
-    with named(request):
-        (prompt,), target = tokenize(lm, [request.text]), target_ids(lm, request.target_new)
-        # The target's last token is only ever predicted, never read.
-        row = prompt if objective == "prompt_last" else prompt + target[:-1]
-        check_length(lm, row)
-    asked = range(len(prompt) - 1, len(row)) if objective == "target" else [len(prompt) - 1] * len(target)
-    return _Job(request, row, target, list(asked))
+    parameters: FinetuneParameters = settings.parameters
+    asked = sorted(wished(lm, requests, parameters.objective == "target"), key=lambda each: len(each.row))
+    lowest = min(map(lm.check_layer, parameters.layers))
+    size = max(1, (budget(lm.device) - _matrix_bytes(lm, parameters)) // row_bytes(lm, asked, lowest))
+    chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
+    parts = [RowsOfEdits(lm, chunk, torch.arange(len(chunk))[None], lowest) for chunk in chunks]
+    (tuning,) = _tune(lm, parts, 1, parameters, settings.progress)
+    return _tuned_edit(lm, requests, tuning, settings)
 
 
 def _matrix_bytes(lm: LanguageModel, parameters: FinetuneParameters) -> int:
@@ -132,122 +96,110 @@ def _matrix_bytes(lm: LanguageModel, parameters: FinetuneParameters) -> int:
     return COPIES * wide * len(parameters.layers) * lm.d_model * lm.d_mlp
 
 
-def _row_bytes(lm: LanguageModel, jobs: Sequence[_Job], parameters: FinetuneParameters) -> int:
-    longest = max((len(job.row) for job in jobs), default=1)
-    n_logits = max((len(set(job.asked)) for job in jobs), default=1)
-    return Footprint(longest, 0, lm.n_layers - min(parameters.layers), n_logits, backward=True).bytes(lm)
+class RowsOfEdits:
+    """Rows read once up to `lowest`, the first layer that is changed; how the changed weights predict their targets.
 
-
-class _Reading:
-    """Rows read once up to the lowest layer that is changed; how the changed weights predict their targets.
-
-    of_edit: for each edit, the numbers of its jobs.
+    grid: for each edit, which of `asked` are its own.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        jobs: Sequence[_Job],
-        of_edit: Sequence[Sequence[int]],
-        parameters: FinetuneParameters,
-    ):
-        self.lm, self.jobs, self.of_edit = lm, jobs, of_edit
-        rows = [job.row for job in jobs]
-        lowest = min(lm.check_layer(layer) for layer in parameters.layers)
+    def __init__(self, lm: LanguageModel, asked: Sequence[Continuation], grid: Int[Tensor, "edit row"], lowest: int):
+        self.lm, self.asked, self.grid = lm, asked, grid
+        rows = [each.row for each in asked]
         self.passes = SharedPass(lm, lowest, rows) if can_replay(lm) else WholePass(lm, rows)
 
     def nlls(self, changes: Changes, edits: Sequence[int]) -> Float[Tensor, "edit row"]:
-        """The target's negative log-likelihood, mean over its tokens, of these edits' jobs. Differentiable."""
-        device, numbers = self.lm.device, [self.of_edit[edit] for edit in edits]
-        jobs = [self.jobs[number] for of_one in numbers for number in of_one]
-        kept = [range(job.asked[0], job.asked[-1] + 1) for job in jobs]
-        grid = torch.tensor([list(of_one) for of_one in numbers], device=device)
-        log_probabilities = widened(self.passes.logits(changes, grid, kept)).log_softmax(-1)  # (kept, vocabulary)
-        most, first = max(len(job.target) for job in jobs), 0
+        """The target's negative log-likelihood, mean over its tokens, in these edits' rows. Differentiable."""
+        device, grid = self.lm.device, self.grid[list(edits)]
+        asked = [self.asked[number] for number in grid.flatten().tolist()]
+        kept = [range(each.predicting[0], each.predicting[-1] + 1) for each in asked]
+        logits = self.passes.logits(changes, grid.to(device), kept)
+        log_probabilities = widened(logits).log_softmax(-1)  # (kept, vocabulary)
+        most, first = max(len(each.target) for each in asked), 0
         places, tokens, shares = [], [], []
-        for job, positions in zip(jobs, kept, strict=True):
-            n, n_filler = len(job.target), most - len(job.target)
-            places.append([first + at - positions[0] for at in job.asked + job.asked[-1:] * n_filler])
-            tokens.append(job.target + job.target[-1:] * n_filler)
-            shares.append([1 / n] * n + [0] * n_filler)
+        for each, positions in zip(asked, kept, strict=True):
+            n = len(each.target)
+            filler = [n - 1] * (most - n)  # its last token again, with a share of 0
+            places.append([first + each.predicting[at] - positions[0] for at in [*range(n), *filler]])
+            tokens.append([each.target[at] for at in [*range(n), *filler]])
+            shares.append([1 / n] * n + [0] * len(filler))
             first += len(positions)
         picked = log_probabilities[torch.tensor(places, device=device), torch.tensor(tokens, device=device)]
         return -(picked * torch.tensor(shares, dtype=picked.dtype, device=device)).sum(1).reshape(grid.shape)
 
 
 @dataclass
-class _Tuned:
-    matrices: dict[str, Tensor]  # ΔW (d_out, d_in) by weight name
+class Tuning:
+    """The updates of one edit on their way, and what was seen at every step."""
+
+    deltas: dict[str, Dense]  # by weight name
     losses: list[list[float]] = field(default_factory=list)
     target_probability: float = 0.0
     stop_reason: str = "steps"
 
+    @property
+    def matrices(self) -> list[Float[Tensor, "d_out d_in"]]:
+        return [delta.matrix for delta in self.deltas.values()]
+
 
 def _tune(
     lm: LanguageModel,
-    readings: Sequence[_Reading],
+    parts: Sequence[RowsOfEdits],
     n_edits: int,
     parameters: FinetuneParameters,
     progress: bool = False,
-) -> list[_Tuned]:
-    """Adam on the updates of all edits; one that is done keeps its own, and leaves.
+) -> list[Tuning]:
+    """Adam on the updates of all edits, whose rows are in `parts`; one that is done keeps its own, and leaves.
 
     A loss that is not finite ends an edit, which is then as far as it came, and says so ("nan").
     """
     wide = torch.promote_types(lm.dtype, torch.float32)
-    stored = {lm.weight_name(layer): lm.weight(layer) for layer in parameters.layers}
-    weights = {name: weight.T if lm.architecture.transposed else weight for name, weight in stored.items()}
+    weights = {name: lm.oriented(name) for name in map(lm.weight_name, parameters.layers)}
     blank = {"dtype": wide, "device": lm.device, "requires_grad": True}
-    tuned = [_Tuned({name: torch.zeros(*w.shape, **blank) for name, w in weights.items()}) for _ in range(n_edits)]
+    tunings = [Tuning({n: Dense(torch.zeros(*w.shape, **blank)) for n, w in weights.items()}) for _ in range(n_edits)]
     # Those without a gradient are passed over, and so keep what they are.
-    optimiser = torch.optim.Adam([m for one in tuned for m in one.matrices.values()], lr=parameters.lr, fused=True)
-    n_rows = sum(len(reading.of_edit[0]) for reading in readings)  # of every edit
+    matrices = [matrix for tuning in tunings for matrix in tuning.matrices]
+    optimiser = torch.optim.Adam(matrices, lr=parameters.lr, fused=True)
+    n_rows = sum(part.grid.shape[1] for part in parts)  # of every edit
     going = list(range(n_edits))
     for _ in tqdm(range(parameters.n_steps), desc="ft", unit="step", disable=not progress):
         optimiser.zero_grad()
         seen = torch.zeros(len(going), 2, dtype=wide, device=lm.device)  # (edit, loss and probability)
-        for reading in readings:
-            deltas = [{name: Dense(matrix) for name, matrix in tuned[edit].matrices.items()} for edit in going]
-            nlls = reading.nlls(Changes(lm, [Edit(of_one) for of_one in deltas]), going)
+        for part in parts:
+            nlls = part.nlls(Changes(lm, [Edit(tunings[edit].deltas) for edit in going]), going)
             losses = nlls.sum(1) / n_rows
             losses.sum().backward()
             seen += torch.stack([losses.detach(), (-nlls.detach()).exp().sum(1) / n_rows], 1)
         for edit, (loss, probability) in zip(list(going), seen.tolist(), strict=True):
-            one = tuned[edit]
-            one.losses.append([loss])
-            one.target_probability = probability
+            tuning = tunings[edit]
+            tuning.losses.append([loss])
+            tuning.target_probability = probability
             if isfinite(loss) and loss >= parameters.early_stop_loss:
                 continue
-            one.stop_reason = "loss" if isfinite(loss) else "nan"
+            tuning.stop_reason = "loss" if isfinite(loss) else "nan"
             going.remove(edit)
-            for matrix in one.matrices.values():
+            for matrix in tuning.matrices:
                 matrix.grad = None
                 optimiser.state.pop(matrix, None)
         if not going:
             break
         with torch.no_grad():
-            for name, matrix in ((n, m) for edit in going for n, m in tuned[edit].matrices.items()):
-                if parameters.weight_decay:
-                    matrix.grad.add_(weights[name] + matrix, alpha=parameters.weight_decay)
+            if parameters.weight_decay:
+                for name, delta in (named for edit in going for named in tunings[edit].deltas.items()):
+                    delta.matrix.grad.add_(weights[name] + delta.matrix, alpha=parameters.weight_decay)
             optimiser.step()
             if parameters.norm_constraint:
-                for matrix in (m for edit in going for m in tuned[edit].matrices.values()):
+                for matrix in (matrix for edit in going for matrix in tunings[edit].matrices):
                     matrix.clamp_(-parameters.norm_constraint, parameters.norm_constraint)
-    return tuned
+    return tunings
 
 
-def _edit(
-    lm: LanguageModel, requests: Sequence[EditRequest], tuned: _Tuned, parameters: FinetuneParameters
-) -> Edit:
-    matrices = {name: matrix.detach() for name, matrix in tuned.matrices.items()}
+def _tuned_edit(lm: LanguageModel, requests: Sequence[EditRequest], tuning: Tuning, settings: MethodSettings) -> Edit:
     info = {
-        "losses": tuned.losses,
-        "target_probability": tuned.target_probability,
-        "stop_reason": tuned.stop_reason,
-        "update_norm": float(torch.stack([matrix.norm() for matrix in matrices.values()]).norm()),
-        "layers": ", ".join(map(str, parameters.layers)),
+        "losses": tuning.losses,
+        "target_probability": tuning.target_probability,
+        "stop_reason": tuning.stop_reason,
+        "update_norm": float(torch.stack([matrix.detach().norm() for matrix in tuning.matrices]).norm()),
+        "layers": ", ".join(map(str, settings.parameters.layers)),
     }
-    if len(requests) == 1:
-        info["subject_kind"] = subject_kind(lm, requests[0])
-    deltas = {name: Dense(matrix.cpu()) for name, matrix in matrices.items()}
-    return Edit(deltas, tuple(requests), "ft", asdict(parameters), info)
+    deltas = {name: Dense(delta.matrix.detach().cpu()) for name, delta in tuning.deltas.items()}
+    return edit_made(lm, requests, settings, deltas, info)

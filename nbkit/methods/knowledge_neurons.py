@@ -26,7 +26,7 @@ they are) and subject_kind.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -36,62 +36,54 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import widened
-from nbkit.methods.method import Setting, side_by_side
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.models.continuations import Continuation
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
-from nbkit.models.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
+from nbkit.models.prompts import check_length, named, pad, target_ids, tokenize
 from nbkit.models.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
 
 @dataclass(frozen=True)
-class KnowledgeNeuronParameters:
+class KnowledgeNeuronParameters(Bounded):
     """Hyper-parameters of KN; their defaults by model are in hparams.toml."""
 
-    adaptive_threshold: float
+    adaptive_threshold: float = bounded(least=0, below=1)
     refine: bool
-    n_prompts: int  # with refine
-    p: float  # with refine
-    n_steps: int  # of the integral
-    factor: float
-
-    def __post_init__(self):
-        for name in ("n_prompts", "n_steps", "factor"):
-            if not getattr(self, name) > 0:
-                raise MethodError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("adaptive_threshold", "p"):
-            if not 0 <= getattr(self, name) < 1:
-                raise MethodError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
+    n_prompts: int = bounded(least=1)  # with refine
+    p: float = bounded(least=0, below=1)  # with refine
+    n_steps: int = bounded(least=1)  # of the integral
+    factor: float = bounded(above=0)
 
 
-def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
-    """One edit a request, each of the model as it is. The model is unchanged afterwards.
-
-    Requests are looked at side by side, `batch_size` at once or as many as memory takes. MethodError for a model whose
-    embedding is not as wide as its residual stream, and for fewer context templates than n_prompts.
-    """
-    parameters: KnowledgeNeuronParameters = setting.parameters
+def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
+    """One edit a request, as `Method.each`. MethodError for a model whose embedding is not as wide as its residual
+    stream, and for fewer context templates than n_prompts."""
+    parameters: KnowledgeNeuronParameters = settings.parameters
     width = lm.model.get_input_embeddings().weight.shape[1]
     if width != lm.d_model:
         raise MethodError(f"kn writes embeddings into the MLP: {lm.name} has them {width} wide, its MLP {lm.d_model}")
-    n_prompts = parameters.n_prompts if parameters.refine else 1
-    if n_prompts > len(setting.context_templates):
-        n_templates = len(setting.context_templates)
+    n_prompts, n_templates = parameters.n_prompts if parameters.refine else 1, len(settings.context_templates)
+    if n_prompts > n_templates:
         raise MethodError(f"n_prompts is {n_prompts}, but there are {n_templates} context_templates to make them with")
-    jobs = [_job(lm, request, setting.context_templates[:n_prompts]) for request in requests]
+    asked = [_answer_behind(lm, request, settings.context_templates[:n_prompts]) for request in requests]
 
-    def batch(places: Sequence[int]) -> list[Edit]:
-        chosen = [jobs[place] for place in places]
-        rows, tokens = ([part for job in chosen for part in getattr(job, name)] for name in ("rows", "tokens"))
-        of_job = attributions(lm, rows, tokens, parameters.n_steps).split([len(job.rows) for job in chosen])
-        by_prompt = [found.unflatten(0, (n_prompts, -1)).mean(1) for found in of_job]
-        return [_edit(lm, job, found, parameters) for job, found in zip(chosen, by_prompt, strict=True)]
+    def edits(places: Sequence[int]) -> list[Edit]:
+        prompts = [prompt for place in places for prompt in asked[place]]
+        rows = [prompt.row[: token + 1] for prompt in prompts for token in prompt.predicting]
+        tokens = [token for prompt in prompts for token in prompt.target]
+        n_rows = [n_prompts * len(asked[place][0].target) for place in places]
+        of_requests = attributions(lm, rows, tokens, parameters.n_steps).split(n_rows)
+        by_prompt = [scores.unflatten(0, (n_prompts, -1)).mean(1) for scores in of_requests]
+        return [
+            _edit_of_neurons(lm, requests[place], asked[place][0].target, scores, settings)
+            for place, scores in zip(places, by_prompt, strict=True)
+        ]
 
-    edits: dict[int, Edit] = {}
-    lengths = [len(job.rows[0]) for job in jobs]
-    for places, made in side_by_side(setting, lengths, _edits_at_once(lm, jobs, parameters.n_steps), batch, "kn"):
-        edits |= zip(places, made, strict=True)
-    return [edits[place] for place in range(len(jobs))]
+    lengths = [prompts[0].predicting[0] for prompts in asked]
+    return in_order(batches_by_cost(settings, lengths, _requests_at_once(lm, asked, parameters.n_steps), edits, "kn"))
 
 
 def attributions(
@@ -110,7 +102,7 @@ def attributions(
     dtype = torch.promote_types(lm.dtype, torch.float32)
     alpha = torch.linspace(0, 1, n_steps, dtype=dtype, device=lm.device).repeat(len(rows))[:, None]
     wanted = torch.tensor([tokens[row] for row in number], device=lm.device)[:, None]
-    found = torch.empty(len(rows), lm.n_layers, lm.d_mlp, dtype=dtype, device=lm.device)
+    scores = torch.empty(len(rows), lm.n_layers, lm.d_mlp, dtype=dtype, device=lm.device)
     for layer in range(lm.n_layers):
         passes = (
             WholePasses(lm, layer, *arguments) if prefixes is None else Replay(lm, layer, *arguments, number, prefixes)
@@ -120,29 +112,20 @@ def attributions(
         deltas = ((alpha - 1) * (keys @ weight.T)).requires_grad_()
         probability = widened(passes.logits(deltas)).softmax(-1).gather(1, wanted)
         (gradient,) = torch.autograd.grad(probability.sum(), deltas)
-        found[:, layer] = (keys * (gradient @ weight)).unflatten(0, (len(rows), n_steps)).mean(1)
-    return found
+        scores[:, layer] = (keys * (gradient @ weight)).unflatten(0, (len(rows), n_steps)).mean(1)
+    return scores
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A request as tokens: for each prompt and each token of the answer, what is read and what shall follow."""
-
-    request: EditRequest
-    rows: list[list[int]]
-    tokens: list[int]
-    answer: list[int]
-
-
-def _job(lm: LanguageModel, request: EditRequest, templates: Sequence[str]) -> _Job:
+def _answer_behind(lm: LanguageModel, request: EditRequest, templates: Sequence[str]) -> list[Continuation]:
+    """The answer whose neurons are looked for, behind the request's prompt in each template."""
     with named(request):
         prompts = tokenize(lm, [template.replace("{}", request.text) for template in templates])
         true = request.target_true
         answer = target_ids(lm, true) if true is not None else [_first_choice(lm, prompts[0])]
-        rows = [prompt + answer[:n] for prompt in prompts for n in range(len(answer))]
-        for row in rows:
-            check_length(lm, row)
-    return _Job(request, rows, answer * len(prompts), answer)
+        asked = [Continuation.of(prompt, answer) for prompt in prompts]
+        for prompt in asked:
+            check_length(lm, prompt.row)
+    return asked
 
 
 @torch.no_grad()
@@ -151,12 +134,12 @@ def _first_choice(lm: LanguageModel, row: Sequence[int]) -> int:
     return int(logits.argmax())
 
 
-def _edits_at_once(lm: LanguageModel, jobs: Sequence[_Job], n_steps: int) -> int:
-    n_rows = max((len(job.rows) for job in jobs), default=1)
-    longest = max((len(row) for job in jobs for row in job.rows), default=1)
+def _requests_at_once(lm: LanguageModel, asked: Sequence[Sequence[Continuation]], n_steps: int) -> int:
+    n_rows = max((len(prompts) * len(prompts[0].target) for prompts in asked), default=1)
+    longest = max((len(prompt.row) for prompts in asked for prompt in prompts), default=1)
     run, earlier = (1, longest) if can_replay(lm) else (longest, 0)
-    one = Footprint(run, earlier, lm.n_layers, 1, backward=True).bytes(lm)
-    return budget(lm.device) // (n_rows * n_steps * one)
+    row = Footprint(run, earlier, lm.n_layers, 1, backward=True)
+    return budget(lm.device) // (n_rows * n_steps * row.bytes(lm))
 
 
 def _neurons(
@@ -165,22 +148,23 @@ def _neurons(
     """(layer, index) of the neurons that enough prompts have in common, or else of the strongest."""
     largest = attribution.flatten(1).max(1).values[:, None, None]
     counts = (attribution > parameters.adaptive_threshold * largest).sum(0)
-    found = (counts > parameters.p * len(attribution)).nonzero().tolist()
-    if not found:
-        found = [divmod(int(attribution.mean(0).argmax()), attribution.shape[2])]
-    return [(layer, index) for layer, index in found]
+    neurons = (counts > parameters.p * len(attribution)).nonzero().tolist()
+    if not neurons:
+        neurons = [divmod(int(attribution.mean(0).argmax()), attribution.shape[2])]
+    return [(layer, index) for layer, index in neurons]
 
 
-def _edit(
+def _edit_of_neurons(
     lm: LanguageModel,
-    job: _Job,
+    request: EditRequest,
+    answer: Sequence[int],
     attribution: Float[Tensor, "prompt layer d_mlp"],
-    parameters: KnowledgeNeuronParameters,
+    settings: MethodSettings,
 ) -> Edit:
-    neurons = _neurons(attribution, parameters)
+    neurons = _neurons(attribution, settings.parameters)
     embedding = lm.model.get_input_embeddings().weight
-    new, old = (widened(embedding[ids]).sum(0) for ids in (target_ids(lm, job.request.target_new), job.answer))
-    change = parameters.factor * (new - old)  # of each neuron's column, so that a layer's update is of rank one
+    new, old = (widened(embedding[ids]).sum(0) for ids in (target_ids(lm, request.target_new), answer))
+    change = settings.parameters.factor * (new - old)  # of each neuron's column, so a layer's update is of rank one
     deltas = {}
     for layer in sorted({layer for layer, _ in neurons}):
         right = change.new_zeros(1, lm.d_mlp)
@@ -190,7 +174,6 @@ def _edit(
         "n_neurons": len(neurons),
         "neurons": ", ".join(f"{layer}:{index}" for layer, index in neurons),
         "update_norm": float(change.norm()) * len(neurons) ** 0.5,
-        "answer": lm.tokenizer.decode(job.answer).strip(),
-        "subject_kind": subject_kind(lm, job.request),
+        "answer": lm.tokenizer.decode(answer).strip(),
     }
-    return Edit(deltas, (job.request,), "kn", asdict(parameters), info)
+    return edit_made(lm, [request], settings, deltas, info)

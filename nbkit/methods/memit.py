@@ -27,14 +27,14 @@ Meng et al., Mass-Editing Memory in a Transformer, eq. 14 and algorithm 1; Gupta
 Editing (EMMET); Fang et al., AlphaEdit. The three differ in nothing else here, in particular not in how z is found.
 
 `Edit.info` holds update_norm ‖ΔW‖_F over all layers, residual_norm (mean over requests of ‖z - z₀‖), target_probability
-(mean over requests, at the search's last loss), stop_reason, subject_kind and losses of the search (of an edit of
-several requests: their number by reason, "" and the mean of their last losses); as CPU tensors z (n, d_model) and
-keys_<layer> (n, d_mlp).
+(mean over requests, at the search's last loss), stop_reason and losses of the search (of an edit of several requests:
+their number by reason and the mean of their last losses), subject_kind of a single request; as CPU tensors z
+(n, d_model) and keys_<layer> (n, d_mlp).
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -43,15 +43,16 @@ from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring
-from nbkit.edits.updates import Dense, LowRank
+from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import keys, widened
 from nbkit.keys.moments import SecondMoments, factor
-from nbkit.methods.method import Setting
+from nbkit.methods.method import MethodSettings, edit_made, in_order
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.hooks import capture
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import find_subjects, pad, subject_kind
+from nbkit.models.prompts import find_subjects, pad
+from nbkit.records.bounds import bounded
 from nbkit.records.requests import EditRequest
 
 
@@ -60,92 +61,74 @@ class MemitParameters(ValueParameters):
     """The hyper-parameters of the search for z, and of the closed form in the module's docstring."""
 
     layers: tuple[int, ...]
-    second_moment_weight: float  # λ
-    norm_weight: float
-    ridge: float
-    nullspace_threshold: float  # P is of C's eigenvectors whose eigenvalue is below; 0: no P
+    second_moment_weight: float = bounded(least=0)  # λ
+    norm_weight: float = bounded(least=0)
+    ridge: float = bounded(least=0)
+    nullspace_threshold: float = bounded(least=0)  # P is of C's eigenvectors whose eigenvalue is below; 0: no P
     key_cache: bool  # whether B holds the keys of earlier edits of the sequence
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise MethodError(f"layers must be one or more different layers, not {list(self.layers)}")
-        for name in ("second_moment_weight", "norm_weight", "ridge", "nullspace_threshold"):
-            if not getattr(self, name) >= 0:
-                raise MethodError(f"{name} must be 0 or above, not {getattr(self, name)}")
         if not self.second_moment_weight + self.norm_weight > 0:
             raise MethodError("second_moment_weight and norm_weight are both 0: nothing bounds the update")
 
 
-def memit_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
-    """One edit a request, each of the model as it is. The targets z are searched side by side."""
-    targets = _targets(lm, requests, setting)
-    bar = tqdm(requests, desc=f"{setting.method}, updates", unit="edit", disable=not setting.progress)
-    return [_edit(lm, [request], [targets[place]], setting) for place, request in enumerate(bar)]
+def memit_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
+    """One edit a request, as `Method.each`: the targets z are searched side by side."""
+    targets = _targets(lm, requests, settings)
+    bar = tqdm(requests, desc=f"{settings.method}, updates", unit="edit", disable=not settings.progress)
+    return [_edit_of_layers(lm, [request], [z], settings) for request, z in zip(bar, targets, strict=True)]
 
 
-def memit_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> Edit:
-    """One edit that carries all requests. The model is unchanged afterwards."""
-    return _edit(lm, requests, _targets(lm, requests, setting), setting)
+def memit_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
+    """One edit that carries all requests."""
+    return _edit_of_layers(lm, requests, _targets(lm, requests, settings), settings)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where the stream behind the last layer shall be, and how that was found."""
-
-    z: Float[Tensor, " d_model"]
-    found: OptimisedValue
-
-
-def _targets(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[_Target]:
-    last = max(setting.parameters.layers)
-    jobs = [value_job(lm, request, setting.context_templates) for request in requests]
-    targets: dict[int, _Target] = {}
-    for places, states, optimised in values_in_batches(lm, jobs, setting, last, "block", f"{setting.method}, targets"):
-        for place, state, value in zip(places, states.values[:, 0], optimised, strict=True):
-            targets[place] = _Target(state + value.delta, value)
-    return [targets[place] for place in range(len(jobs))]
+def _targets(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[OptimisedValue]:
+    """Where the stream behind the last layer shall be for each request: z is the value_star of each."""
+    jobs = [value_job(lm, request, settings.context_templates) for request in requests]
+    last, name = max(settings.parameters.layers), f"{settings.method}, targets"
+    batches = values_in_batches(lm, jobs, settings, last, "block", name)
+    return in_order((places, optimised) for places, _, optimised in batches)
 
 
-def _edit(lm: LanguageModel, requests: Sequence[EditRequest], targets: Sequence[_Target], setting: Setting) -> Edit:
+def _edit_of_layers(
+    lm: LanguageModel, requests: Sequence[EditRequest], targets: Sequence[OptimisedValue], settings: MethodSettings
+) -> Edit:
     """The closed form, layer by layer, each in the model that carries those before."""
-    p: MemitParameters = setting.parameters
-    layers = sorted(p.layers)
-    z = torch.stack([target.z for target in targets])  # (request, d_model)
+    parameters: MemitParameters = settings.parameters
+    layers = sorted(parameters.layers)
+    z = torch.stack([target.value_star for target in targets])  # (request, d_model)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
     deltas, tensors, residual_norm = {}, {"z": z.cpu()}, 0.0
     with restoring(lm) as add:
         for place, layer in enumerate(layers):
-            found = mean_keys(lm, requests, layer, setting.context_templates)
+            key = mean_keys(lm, requests, layer, settings.context_templates)
             residual = (z - states_behind(lm, requests, layers[-1])).double()
             residual_norm = residual_norm or residual.norm(dim=-1).mean().item()
-            earlier = _earlier_keys(setting.earlier, layer) if p.key_cache else []
-            right = right_factor(found, earlier, setting.second_moments, layer, p)
-            delta = _update(residual.T / (len(layers) - place), right, lm.dtype)
-            tensors[f"keys_{layer}"] = found.cpu()
+            earlier = [edit.info[f"keys_{layer}"] for edit in settings.earlier] if parameters.key_cache else []
+            right = right_factor(key, earlier, settings.second_moments, layer, parameters)
+            delta = LowRank(residual.T / (len(layers) - place), right).compact().to(dtype)
+            tensors[f"keys_{layer}"] = key.cpu()
             deltas[lm.weight_name(layer)] = delta
             add(Edit({lm.weight_name(layer): delta}))
-    optimised = [target.found for target in targets]
     info = {
         "update_norm": Edit(deltas).norm(),
         "residual_norm": residual_norm,
-        "target_probability": sum(value.target_probability for value in optimised) / len(optimised),
+        "target_probability": sum(target.target_probability for target in targets) / len(targets),
         "layers": ", ".join(map(str, layers)),
-        "n_templates": len(setting.context_templates),
-        **_search_info(lm, requests, optimised),
-        **tensors,
+        "n_templates": len(settings.context_templates),
+        **_search_info(targets),
     }
-    return Edit(deltas, tuple(requests), setting.method, asdict(p), info)
+    return edit_made(lm, requests, settings, deltas, info, tensors)
 
 
-def _search_info(
-    lm: LanguageModel, requests: Sequence[EditRequest], optimised: Sequence[OptimisedValue]
-) -> dict[str, object]:
-    if len(requests) == 1:
-        (value,) = optimised
-        kind = subject_kind(lm, requests[0])
-        return {"stop_reason": value.stop_reason, "losses": value.losses, "subject_kind": kind}
-    reasons = Counter(value.stop_reason for value in optimised)
-    last = torch.tensor([value.losses[-1] for value in optimised], dtype=torch.float64).mean(0).tolist()
+def _search_info(targets: Sequence[OptimisedValue]) -> dict[str, object]:
+    if len(targets) == 1:
+        return {"stop_reason": targets[0].stop_reason, "losses": targets[0].losses}
+    reasons = Counter(target.stop_reason for target in targets)
+    last = torch.tensor([target.losses[-1] for target in targets], dtype=torch.float64).mean(0).tolist()
     return {"stop_reason": ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()), "losses": [last]}
 
 
@@ -153,9 +136,9 @@ def mean_keys(
     lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str]
 ) -> Float[Tensor, "request d_mlp"]:
     """Keys of the model as it is: the mean of the unprefixed one, and of the mean over the other templates' if any."""
-    found = keys(lm, requests, layer, context_templates).double()
-    plain = found[:, 0]
-    return plain if found.shape[1] == 1 else (plain + found[:, 1:].mean(1)) / 2
+    by_template = keys(lm, requests, layer, context_templates).double()
+    plain = by_template[:, 0]
+    return plain if by_template.shape[1] == 1 else (plain + by_template[:, 1:].mean(1)) / 2
 
 
 @torch.no_grad()
@@ -165,62 +148,48 @@ def states_behind(
     """The residual stream behind a layer, at the subject's last token of each request's own prompt."""
     rows, indices = find_subjects(lm, [r.prompt for r in requests], [r.subject for r in requests])
     rows = [row[: index + 1] for row, index in zip(rows, indices, strict=True)]  # what follows does not reach it
-    found = []
+    states = []
     for start in range(0, len(rows), batch_size):
         batch = pad(lm, rows[start : start + batch_size])
         with capture(lm.block(layer), stop=True) as output:
             lm.logits(batch, keep=1)
         at = torch.arange(batch.shape[0], device=lm.device), batch.columns(indices[start : start + batch_size])
-        found.append(output.value[at])
-    return widened(torch.cat(found))
+        states.append(output.value[at])
+    return widened(torch.cat(states))
 
 
 def right_factor(
-    found: Float[Tensor, "n d_mlp"],
+    key: Float[Tensor, "n d_mlp"],
     earlier: Sequence[Float[Tensor, "m d_mlp"]],
     second_moments: SecondMoments,
     layer: int,
-    p: MemitParameters,
+    parameters: MemitParameters,
 ) -> Float[Tensor, "n d_mlp"]:
-    """(K̃ᵀ B⁻¹ K̃ + ridge I)⁻¹ K̃ᵀ B⁻¹ in float64, see the module's docstring. found: Kᵀ; earlier: K_pᵀ of each edit.
+    """(K̃ᵀ B⁻¹ K̃ + ridge I)⁻¹ K̃ᵀ B⁻¹ in float64, see the module's docstring. key: Kᵀ; earlier: K_pᵀ of each edit.
 
     MethodError if that cannot be solved: with ridge 0, two equal keys.
     """
-    found = found.double()
-    earlier = [part.to(found) for part in earlier]
-    if p.nullspace_threshold:
-        basis = second_moments.small_directions(layer, p.nullspace_threshold)  # (d_mlp, m)
-        found, earlier = found @ basis @ basis.T, [part @ basis @ basis.T for part in earlier]
-    if not earlier and not p.norm_weight:  # C is factored once for many edits
-        solved = second_moments.solve(layer, found) / p.second_moment_weight
-    elif not earlier and not p.second_moment_weight:
-        solved = found / p.norm_weight
+    moment_weight, norm_weight = parameters.second_moment_weight, parameters.norm_weight
+    key = key.double()
+    earlier = [part.to(key) for part in earlier]
+    if parameters.nullspace_threshold:
+        basis = second_moments.small_directions(layer, parameters.nullspace_threshold)  # (d_mlp, m)
+        key, earlier = key @ basis @ basis.T, [part @ basis @ basis.T for part in earlier]
+    if not earlier and not norm_weight:  # C is factored once for many edits
+        solved = second_moments.solve(layer, key) / moment_weight
+    elif not earlier and not moment_weight:
+        solved = key / norm_weight
     else:
-        bound = p.norm_weight * torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
-        if p.second_moment_weight:
-            bound += p.second_moment_weight * second_moments.matrix(layer).double()
+        bound = norm_weight * torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
+        if moment_weight:
+            bound += moment_weight * second_moments.matrix(layer).double()
         for part in earlier:
             bound.addmm_(part.T, part)
-        solved = torch.cholesky_solve(found.T, factor(bound)).T
-    gram = solved @ found.T
-    gram = (gram + gram.T) / 2 + p.ridge * torch.eye(len(found), dtype=found.dtype, device=found.device)
-    lower, info = torch.linalg.cholesky_ex(gram)
+        solved = torch.cholesky_solve(key.T, factor(bound)).T
+    gram = solved @ key.T
+    gram = (gram + gram.T) / 2 + parameters.ridge * torch.eye(len(key), dtype=key.dtype, device=key.device)
+    lower, failed = torch.linalg.cholesky_ex(gram)
     pivots = lower.diagonal()
-    if info.item() or pivots.min() <= 1e-6 * pivots.max():  # in float64 equal keys leave some 1e-8
+    if failed.item() or pivots.min() <= 1e-6 * pivots.max():  # in float64 equal keys leave some 1e-8
         raise MethodError("the keys of the requests are not independent, so ridge must be above 0")
     return torch.cholesky_solve(solved, lower)
-
-
-def _earlier_keys(earlier: Sequence[Edit], layer: int) -> list[Tensor]:
-    return [edit.info[f"keys_{layer}"] for edit in earlier]
-
-
-def _update(
-    left: Float[Tensor, "d_model n"], right: Float[Tensor, "n d_mlp"], dtype: torch.dtype
-) -> LowRank | Dense:
-    """As factors where they are smaller than their product."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    if left.numel() + right.numel() < left.shape[0] * right.shape[1]:
-        return LowRank(left.to(dtype), right.to(dtype))
-    return Dense((left @ right).to(dtype))
-

@@ -42,7 +42,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import widened
-from nbkit.methods.method import Setting, side_by_side
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
 from nbkit.models.edited import layer_of
 from nbkit.models.hooks import capture, replace
 from nbkit.models.language_model import LanguageModel
@@ -50,6 +50,7 @@ from nbkit.models.loading import embedded_models
 from nbkit.models.memory import Footprint, budget
 from nbkit.models.prompts import check_length, named, pad, subject_kind, target_ids, tokenize
 from nbkit.models.rows import Batch, marked
+from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.files import write_atomically
 from nbkit.records.requests import EditRequest
 
@@ -59,15 +60,11 @@ STD_FLOOR = 1e-3  # of the mean standard deviation: what a number that hardly ev
 
 
 @dataclass(frozen=True)
-class MendParameters:
+class MendParameters(Bounded):
     """What can be set when editing; all else was when the hypernetwork was trained."""
 
     weights: str  # file of the trained hypernetwork; "": where `train-mend` puts it
-    lr_scale: float  # times every edit rate α
-
-    def __post_init__(self):
-        if not self.lr_scale > 0:
-            raise MethodError(f"lr_scale must be above 0, not {self.lr_scale}")
+    lr_scale: float = bounded(above=0)  # times every edit rate α
 
 
 # --- the hypernetwork -------------------------------------------------------------------------------------------------
@@ -247,29 +244,30 @@ def token_gradients(
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
-def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
+def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, all of the model as it is, which is not changed; many in one pass, each by its own tokens."""
-    parameters: MendParameters = setting.parameters
-    edits: dict[int, Edit] = {}
-    for places, found, updates in _passes(lm, requests, setting):
-        nlls = found.nll.tolist()
+
+    def edits(
+        places: Sequence[int], gradients: TokenGradients, updates: Mapping[str, Sequence[LowRank]]
+    ) -> Iterator[Edit]:
+        nlls = gradients.nll.tolist()
         for row, place in enumerate(places):
             deltas = {name: of_rows[row] for name, of_rows in updates.items()}
-            info = _info(deltas, nlls[row : row + 1], found.n_tokens[row])
-            info["subject_kind"] = subject_kind(lm, requests[place])
-            edits[place] = Edit(deltas, (requests[place],), "mend", asdict(parameters), info)
-    return [edits[place] for place in range(len(requests))]
+            info = _info(deltas, nlls[row : row + 1], gradients.n_tokens[row])
+            yield edit_made(lm, [requests[place]], settings, deltas, info)
+
+    return in_order((places, list(edits(places, *made))) for places, *made in _passes(lm, requests, settings))
 
 
-def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> Edit:
+def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
     """One edit for all requests: the sum of what each would get alone, for g was trained on single requests.
 
     Low-rank as long as that takes fewer numbers than the matrix itself.
     """
-    parameters: MendParameters = setting.parameters
+    parameters: MendParameters = settings.parameters
     deltas: dict[str, LowRank | Dense] = {}
     nlls, n_tokens = [], 0
-    for _, found, updates in _passes(lm, requests, setting):
+    for _, found, updates in _passes(lm, requests, settings):
         for name, of_rows in updates.items():
             for update in of_rows:
                 deltas[name] = _plus(deltas[name], update) if name in deltas else update
@@ -281,10 +279,10 @@ def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: S
 
 
 def _passes(
-    lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting
+    lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings
 ) -> Iterator[tuple[list[int], TokenGradients, dict[str, list[LowRank]]]]:
     """Places of the requests of one pass, what it found, and the updates; those of like length share a pass."""
-    parameters: MendParameters = setting.parameters
+    parameters: MendParameters = settings.parameters
     hypernetwork = load_hypernetwork(lm, parameters.weights)
     asked = []
     for request in requests:
@@ -303,7 +301,7 @@ def _passes(
         return found, updates
 
     lengths = [len(one.row) for one in asked]
-    for places, made in side_by_side(setting, lengths, _edits_at_once(lm, asked, hypernetwork), compute, "mend"):
+    for places, made in batches_by_cost(settings, lengths, _edits_at_once(lm, asked, hypernetwork), compute, "mend"):
         yield places, *made
 
 

@@ -1,66 +1,91 @@
-"""What a method is to the verbs that run it: two functions at most, and what each is given."""
+"""What a method is to the verbs that run it: two functions at most, and what each is given and gives."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
+from nbkit.edits.updates import Update
 from nbkit.keys.moments import SecondMoments
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import in_batches
+from nbkit.models.prompts import subject_kind
 from nbkit.records.requests import EditRequest
 
 Result = TypeVar("Result")
-ROME_TEMPLATES = ((5, 10), (10, 10))  # (tokens, how many of that length): the prefixes that ROME averages over
-MEMIT_TEMPLATES = ((10, 5),)
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodSettings:
     """All that a method gets besides the model and the requests."""
 
+    method: str  # the name that edits are given
     parameters: Any  # an instance of Method.parameters
     context_templates: Sequence[str]
     second_moments: SecondMoments
     progress: bool = False
     batch_size: int | None = None  # edits computed side by side; None: as many as memory takes
     earlier: Sequence[Edit] = ()  # of the same sequence, in order; the weights carry them
-    method: str = ""  # the name that edits are given
 
 
 @dataclass(frozen=True)
 class Method:
     """A method by its functions, its hyper-parameters, and what it needs.
 
-    each: (lm, requests, setting) -> one Edit a request, all of the model as it is. together: the same arguments, one
-    Edit that carries all requests; None for a method that cannot. Neither changes the model.
+    each: (lm, requests, settings) -> one Edit a request, all of the model as it is. They do not see each other, though
+    computed side by side, `settings.batch_size` at once or as many as memory takes.
+    together: the same arguments, one Edit that carries all requests; None for a method that cannot. Neither changes
+    the model.
     files: (lm, parameters) -> the files that its numbers depend on besides the model's, which name stored results too.
     template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty
     for a method that uses none.
     """
 
     parameters: type
-    each: Callable[[LanguageModel, Sequence[EditRequest], Setting], list[Edit]]
-    together: Callable[[LanguageModel, Sequence[EditRequest], Setting], Edit] | None = None
+    each: Callable[[LanguageModel, Sequence[EditRequest], MethodSettings], list[Edit]]
+    together: Callable[[LanguageModel, Sequence[EditRequest], MethodSettings], Edit] | None = None
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
 
 
-def side_by_side(
-    setting: Setting, costs: Sequence, at_once: int, compute: Callable[[Sequence[int]], Result], name: str
-) -> Iterator[tuple[list[int], Result]]:
-    """`compute` on the places of all items, those of like cost together, with a bar where `setting` asks for one.
+def edit_made(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    settings: MethodSettings,
+    deltas: Mapping[str, Update],
+    info: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Edit:
+    """The Edit of a method with these settings. Its info: that given, the subject_kind of a single request, tensors."""
+    kind = {"subject_kind": subject_kind(lm, requests[0])} if len(requests) == 1 else {}
+    info = {**info, **kind, **(tensors or {})}
+    return Edit(deltas, tuple(requests), settings.method, asdict(settings.parameters), info)
 
-    costs: of each item, what padding in a batch depends on. at_once: items for which there is memory, unless `setting`
-    says how many.
+
+def batches_by_cost(
+    settings: MethodSettings, costs: Sequence, at_once: int, compute: Callable[[Sequence[int]], Result], name: str
+) -> Iterator[tuple[list[int], Result]]:
+    """Places of items, those of like cost together, and `compute` of them; with a bar where `settings` ask for one.
+
+    costs: of each item, what padding in a batch depends on. at_once: items for which there is memory, unless
+    `settings` say how many.
     """
     order = sorted(range(len(costs)), key=costs.__getitem__)
-    with tqdm(total=len(costs), desc=name, unit="edit", disable=not setting.progress) as bar:
-        batches = in_batches(order, setting.batch_size or at_once, lambda places: (list(places), compute(places)))
+    with tqdm(total=len(costs), desc=name, unit="edit", disable=not settings.progress) as bar:
+        batches = in_batches(order, settings.batch_size or at_once, lambda places: (list(places), compute(places)))
         for places, result in batches:
             bar.update(len(places))
             yield places, result
+
+
+def in_order(batches: Iterable[tuple[Sequence[int], Sequence[Result]]]) -> list[Result]:
+    """One result for each place, by place, from batches of places and their results."""
+    results: dict[int, Result] = {}
+    for places, of_batch in batches:
+        results |= zip(places, of_batch, strict=True)
+    return [results[place] for place in sorted(results)]

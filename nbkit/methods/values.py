@@ -6,68 +6,60 @@ Associations in GPT, eq. 4, as in the published code.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbkit.errors import MethodError
 from nbkit.keys.extract import KeyPass, in_contexts, widened
-from nbkit.methods.method import Setting, side_by_side
+from nbkit.methods.method import MethodSettings, batches_by_cost
+from nbkit.models.continuations import Continuation
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
 from nbkit.models.prompts import check_length, find_subjects, named, target_ids
 from nbkit.models.replay import Prefixes, Replay, Site, WholePasses, can_replay
+from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
-REASONS = ("steps", "loss", "nan")  # for which the search for v* stops
 KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not move: the subject stays what it is
 
 
 @dataclass(frozen=True)
-class ValueParameters:
+class ValueParameters(Bounded):
     """Hyper-parameters of the search; their defaults by model are in hparams.toml."""
 
-    v_lr: float  # of Adam, on v*
-    v_num_grad_steps: int  # losses computed at most; the last one makes no step
-    v_weight_decay: float  # times ‖δ‖ / ‖value_init‖²
-    clamp_norm_factor: float  # ‖δ‖ is kept below so many times ‖value_init‖
-    kl_factor: float
+    v_lr: float = bounded(above=0)  # of Adam, on v*
+    v_num_grad_steps: int = bounded(least=1)  # losses computed at most; the last one makes no step
+    v_weight_decay: float = bounded(least=0)  # times ‖δ‖ / ‖value_init‖²
+    clamp_norm_factor: float = bounded(above=0)  # ‖δ‖ is kept below so many times ‖value_init‖
+    kl_factor: float = bounded(least=0)
     early_stop_loss: float  # stop once the total loss is below
-
-    def __post_init__(self):
-        for name in ("v_lr", "v_num_grad_steps", "clamp_norm_factor"):
-            if not getattr(self, name) > 0:
-                raise MethodError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("v_weight_decay", "kl_factor"):
-            if not getattr(self, name) >= 0:
-                raise MethodError(f"{name} must be 0 or above, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class OptimisedValue:
     """v* = value_init + delta, and how it was found."""
 
+    value_init: Float[Tensor, " d_model"]
     delta: Float[Tensor, " d_model"]
     losses: list[list[float]]  # per step [total, nll, kl, weight decay]
     target_probability: float
-    stop_reason: str
+    stop_reason: str  # "steps" | "loss" | "nan"
+
+    @property
+    def value_star(self) -> Float[Tensor, " d_model"]:
+        return self.value_init + self.delta
 
 
 @dataclass(frozen=True)
 class ValueJob:
     """One request as rows of tokens: its prompt with the target behind every template, then "{subject} is a"."""
 
-    request: EditRequest
     rows: list[list[int]]
     indices: list[int]  # in each row, the subject's last token
+    wanted: list[list[int]]  # in each row, the tokens whose logits the loss needs
     target: list[int]
-
-    @property
-    def wanted(self) -> list[list[int]]:
-        """The tokens of each row whose logits the loss needs: before each of the target's; of the last, its subject."""
-        first = [len(row) - len(self.target) for row in self.rows[:-1]]
-        return [list(range(start, start + len(self.target))) for start in first] + [[self.indices[-1]]]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,34 +72,41 @@ def value_job(lm: LanguageModel, request: EditRequest, context_templates: Sequen
         target = target_ids(lm, request.target_new)
         prompts = [*in_contexts(request, context_templates), KL_PROMPT]
         rows, indices = find_subjects(lm, prompts, [request.subject] * len(prompts))
-        # The target's last token is only ever predicted, never read; nor is what follows the subject in the last row.
-        read = [[*row, *target[:-1]] for row in rows[:-1]] + [rows[-1][: indices[-1] + 1]]
-        job = ValueJob(request, read, indices, target)
-        for row in job.rows:
+        asked = [Continuation.of(row, target) for row in rows[:-1]]
+        last = indices[-1]  # of the last row; what follows it there is not read
+        read = [*(each.row for each in asked), rows[-1][: last + 1]]
+        for row in read:
             check_length(lm, row)
-    return job
+    return ValueJob(read, indices, [*(list(each.predicting) for each in asked), [last]], target)
 
 
 def values_in_batches(
-    lm: LanguageModel, jobs: Sequence[ValueJob], setting: Setting, layer: int, site: Site = "projection", name: str = ""
+    lm: LanguageModel,
+    jobs: Sequence[ValueJob],
+    settings: MethodSettings,
+    layer: int,
+    site: Site = "projection",
+    name: str = "",
 ) -> Iterator[tuple[list[int], KeyPass, list[OptimisedValue]]]:
-    """`optimise_values` for any number of jobs: as many side by side as `setting` says, or as memory takes.
+    """`optimise_values` for any number of jobs: as many side by side as `settings` say, or as memory takes.
 
-    Yields which jobs, what `optimise_values` gives for them. `name`: of the bar, where `setting` asks for one.
+    Yields which jobs, what `optimise_values` gives for them. `name`: of the bar, where `settings` ask for one.
     """
-    prefixes = Prefixes(lm, setting.context_templates) if can_replay(lm) else None
+    prefixes = Prefixes(lm, settings.context_templates) if can_replay(lm) else None
 
-    def batch(places: Sequence[int]) -> tuple[KeyPass, list[OptimisedValue]]:
-        return optimise_values(lm, [jobs[place] for place in places], prefixes, setting.parameters, layer, site)
+    def optimised(places: Sequence[int]) -> tuple[KeyPass, list[OptimisedValue]]:
+        return optimise_values(lm, [jobs[place] for place in places], prefixes, settings.parameters, layer, site)
 
     shapes = [job.shape for job in jobs]
-    for places, done in side_by_side(setting, shapes, edits_at_once(lm, jobs, layer), batch, name):
+    for places, done in batches_by_cost(settings, shapes, edits_at_once(lm, jobs, layer), optimised, name):
         yield places, *done
 
 
 def edits_at_once(lm: LanguageModel, jobs: Sequence[ValueJob], layer: int) -> int:
     """Edits at once by the formula in `memory.Footprint`, for the longest of the jobs."""
-    after, before = (max(sizes) for sizes in zip(*(job.shape for job in jobs), strict=True)) if jobs else (1, 1)
+    if not jobs:
+        return 1
+    after, before = (max(sizes) for sizes in zip(*(job.shape for job in jobs), strict=True))
     n_rows, n_logits = max(len(job.rows) for job in jobs), max(len(job.target) for job in jobs)
     row = Footprint(after, before, lm.n_layers - 1 - layer, n_logits, backward=True)
     return budget(lm.device) // (n_rows * row.bytes(lm))
@@ -177,49 +176,40 @@ class _Search:
         parameters: ValueParameters,
     ):
         self.passes, self.parameters = passes, parameters
-        self.value_norm = value_init.norm(dim=-1)
+        self.value_init, self.value_norm = value_init, value_init.norm(dim=-1)
         self.delta = torch.zeros_like(value_init, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.delta], lr=parameters.v_lr)
-        self.places = list(range(len(jobs)))  # of the edits still in the batch
-        self.lengths = [len(job.target) for job in jobs]
-        self._index(jobs)
-        n, device = len(jobs), value_init.device
-        self.n_losses = torch.zeros(n, dtype=torch.long, device=device)  # those until an edit stopped, itself included
-        self.losses = torch.empty(0, n, 4, dtype=value_init.dtype, device=device)  # (step, edit, part)
-        self.probability = torch.zeros(n, dtype=value_init.dtype, device=device)
-        self.going = torch.ones(n, dtype=torch.bool, device=device)
-        self.reason = torch.zeros(n, dtype=torch.long, device=device)  # an index into REASONS
+        self.going = torch.ones(len(jobs), dtype=torch.bool, device=value_init.device)
+        self.seen: list[Float[Tensor, "edit part"]] = []  # by step: the losses, and the target's probability
         self.essence_before: Tensor | None = None
         self.done: dict[int, OptimisedValue] = {}
+        self._index(dict(enumerate(jobs)))
 
-    def _index(self, jobs: Sequence[ValueJob]) -> None:
-        """Which of the wanted logits are targets', of what token and prompt, and which are the KL term's."""
+    def _index(self, jobs: dict[int, ValueJob]) -> None:
+        """Which of the wanted logits are targets', of what token and prompt, and which are the KL term's.
+
+        jobs: those still in the batch, by their place in it at the start.
+        """
+        self.jobs, device = jobs, self.delta.device
         targets, prompts, is_kl = [], [], []
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(jobs.values()):
             n_prompts = len(job.rows) - 1
-            targets += job.target * n_prompts + [0]
-            prompts += [number * n_prompts + prompt for prompt in range(n_prompts) for _ in job.target] + [-1]
+            targets += job.target * n_prompts
+            prompts += [number * n_prompts + prompt for prompt in range(n_prompts) for _ in job.target]
             is_kl += [False] * (n_prompts * len(job.target)) + [True]
-        device = self.delta.device
+        self.targets, self.prompts = torch.tensor(targets, device=device), torch.tensor(prompts, device=device)
         is_kl = torch.tensor(is_kl, device=device)
         self.of_kl, self.of_target = is_kl.nonzero()[:, 0], (~is_kl).nonzero()[:, 0]
-        self.targets = torch.tensor(targets, device=device)[self.of_target]
-        self.prompts = torch.tensor(prompts, device=device)[self.of_target]
-        self.target_lengths = torch.tensor(self.lengths, device=device)
-        self.jobs = list(jobs)
+        self.target_lengths = torch.tensor([len(job.target) for job in jobs.values()], device=device)
+        self.n_nlls = len(jobs) * n_prompts
 
     def step(self, last: bool) -> None:
         """One loss of every edit, and, except at the last, one step of those that go on."""
         losses, nlls = self._losses()
         total = losses[:, 0]
         with torch.no_grad():
-            self.losses = torch.cat([self.losses, losses.detach()[None]])
-            self.n_losses += self.going
-            probability = (-nlls.detach()).exp().mean(1)
-            self.probability = torch.where(self.going, probability, self.probability)
-            broken, good = ~total.isfinite(), total < self.parameters.early_stop_loss
-            self.reason = torch.where(self.going & broken, 2, torch.where(self.going & good, 1, self.reason))
-            self.going &= ~(broken | good)
+            self.seen.append(torch.cat([losses, (-nlls).exp().mean(1, keepdim=True)], 1))
+            self.going &= ~self._ends(total)
         if last:
             return
         self.optimiser.zero_grad()
@@ -231,13 +221,16 @@ class _Search:
             clamped = torch.where((norm > largest)[:, None], self.delta * (largest / norm)[:, None], self.delta)
             self.delta.copy_(torch.where(self.going[:, None], clamped, before))
 
+    def _ends(self, total: Tensor) -> Tensor:
+        """Whether an edit stops at this loss."""
+        return ~total.isfinite() | (total < self.parameters.early_stop_loss)
+
     def _losses(self) -> tuple[Float[Tensor, "edit part"], Float[Tensor, "edit prompt"]]:
         """[total, nll, kl, weight decay] of each edit, and the target's nll by prompt."""
         log_probabilities = widened(self.passes.logits(self.delta)).log_softmax(-1)  # (wanted, vocabulary)
         of_targets = log_probabilities[self.of_target].gather(-1, self.targets[:, None])[:, 0]
-        n_edits = len(self.delta)
-        sums = torch.zeros(n_edits * (len(self.jobs[0].rows) - 1), dtype=of_targets.dtype, device=of_targets.device)
-        nlls = -sums.index_add(0, self.prompts, of_targets).unflatten(0, (n_edits, -1)) / self.target_lengths[:, None]
+        sums = of_targets.new_zeros(self.n_nlls).index_add(0, self.prompts, of_targets)
+        nlls = -sums.unflatten(0, (len(self.delta), -1)) / self.target_lengths[:, None]
         essence = log_probabilities[self.of_kl]  # (edit, vocabulary)
         if self.essence_before is None:
             self.essence_before = essence.detach()
@@ -253,35 +246,35 @@ class _Search:
             return True
         if sum(going) > 0.9 * len(going):
             return False
-        self._note([number for number, goes in enumerate(going) if not goes])
+        self._note([not goes for goes in going])
         kept = self.going.nonzero()[:, 0]
         self.passes.select(kept)
-        for name in ("value_norm", "n_losses", "probability", "reason", "going", "essence_before"):
+        for name in ("value_init", "value_norm", "going", "essence_before"):
             setattr(self, name, getattr(self, name)[kept])
-        self.losses = self.losses[:, kept]
+        self.seen = [of_step[kept] for of_step in self.seen]
         state = self.optimiser.state[self.delta]
-        self.places = [self.places[number] for number in kept.tolist()]
-        self.lengths = [self.lengths[number] for number in kept.tolist()]
         self.delta = self.delta.detach()[kept].requires_grad_()
         self.optimiser = torch.optim.Adam([self.delta], lr=self.parameters.v_lr)
-        self.optimiser.state[self.delta] = {
-            name: value[kept] if value.dim() else value for name, value in state.items()
-        }
-        self._index([self.jobs[number] for number in kept.tolist()])
+        self.optimiser.state[self.delta] = {name: part[kept] if part.dim() else part for name, part in state.items()}
+        self._index({place: job for (place, job), goes in zip(self.jobs.items(), going, strict=True) if goes})
         return False
 
-    def _note(self, numbers: Sequence[int]) -> None:
-        """Keep what was found for these edits of the batch."""
-        losses, n_losses = self.losses.transpose(0, 1).tolist(), self.n_losses.tolist()
-        reasons, probability = self.reason.tolist(), self.probability.tolist()
-        for number in numbers:
-            self.done[self.places[number]] = OptimisedValue(
-                self.delta.detach()[number].clone(),
-                losses[number][: n_losses[number]],
-                probability[number],
-                REASONS[reasons[number]],
-            )
+    def _note(self, finished: Sequence[bool]) -> None:
+        """Keep what came of these edits of the batch, up to the loss at which each of them stopped."""
+        seen = torch.stack(self.seen, 1)  # (edit, step, part)
+        ends = self._ends(seen[..., 0]).tolist()
+        for number, (place, steps) in enumerate(zip(self.jobs, seen.tolist(), strict=True)):
+            if finished[number]:
+                stopped = True in ends[number]
+                steps = steps[: ends[number].index(True) + 1] if stopped else steps
+                self.done[place] = OptimisedValue(
+                    self.value_init[number],
+                    self.delta.detach()[number].clone(),
+                    [losses for *losses, _ in steps],
+                    target_probability=steps[-1][-1],
+                    stop_reason="steps" if not stopped else "loss" if isfinite(steps[-1][0]) else "nan",
+                )
 
     def results(self) -> list[OptimisedValue]:
-        self._note([number for number in range(len(self.places)) if self.places[number] not in self.done])
+        self._note([True] * len(self.jobs))
         return [self.done[place] for place in sorted(self.done)]

@@ -1,4 +1,4 @@
-"""Numbers that a user gives, held to their types and bounds; the message names the number and says what it may be.
+"""Values that a user gives, held to their types and bounds; the message names the value and says what it may be.
 
     check_number("keep", keep, above=0, most=1)
 
@@ -8,6 +8,7 @@
         key_mode: str = bounded(choices=("mixed", "plain"))
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -15,30 +16,28 @@ from typing import Any, get_origin
 
 from nbkit.errors import MethodError
 
+BOUNDS = {
+    "above": (operator.gt, "above {}"),
+    "least": (operator.ge, "from {} on"),
+    "below": (operator.lt, "below {}"),
+    "most": (operator.le, "up to {}"),
+}
 
-def check_number(
-    name: str,
-    value: Any,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    whole: bool = False,
-) -> None:
-    """MethodError unless `value` is a number (a whole one) within the bounds; NaN is within none."""
-    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    low = least if above is None else above
-    high = most if below is None else below
-    if (
-        number
-        and (low is None or value > low or (value == low and above is None))
-        and (high is None or value < high or (value == high and below is None))
-    ):
-        return
-    words = [] if low is None else [f"above {above}" if above is not None else f"from {least} on"]
-    words += [] if high is None else [f"below {below}" if below is not None else f"up to {most}"]
-    kind = "a whole number" if whole else "a number"
-    raise MethodError(f"{name} must be {kind} {' and '.join(words)}, not {value!r}")
+
+def check_number(name: str, value: Any, whole: bool = False, **bounds: float) -> None:
+    """MethodError unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`; NaN is within none."""
+    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
+        if all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
+            return
+    words = ["a whole number" if whole else "a number"]
+    words += [" and ".join(BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())] if bounds else []
+    raise MethodError(f"{name} must be {' '.join(words)}, not {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """MethodError unless `value` is one of the texts."""
+    if value not in choices:
+        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def bounded(default: Any = MISSING, choices: Sequence[str] | None = None, **bounds: float):
@@ -55,25 +54,20 @@ class Bounded:
 
     def __post_init__(self):
         for each in fields(self):
-            value = typed(each.name, getattr(self, each.name), each.type)
-            object.__setattr__(self, each.name, value)
-            choices, bounds = each.metadata.get("choices"), each.metadata.get("bounds")
-            if choices and value not in choices:
-                raise MethodError(f"{each.name} {value!r} is unknown; it is one of {', '.join(choices)}")
-            if bounds:
-                check_number(each.name, value, **bounds, whole=each.type is int)
+            value, kind = getattr(self, each.name), each.type
+            if kind in (int, float):
+                check_number(each.name, value, whole=kind is int, **each.metadata.get("bounds", {}))
+                object.__setattr__(self, each.name, kind(value))
+            elif get_origin(kind) is tuple:
+                object.__setattr__(self, each.name, _different_numbers(each.name, value))
+            elif each.metadata.get("choices"):
+                check_choice(each.name, value, each.metadata["choices"])
+            elif kind in (str, bool) and not isinstance(value, kind):
+                raise MethodError(f"{each.name} must be {'a text' if kind is str else 'True or False'}, not {value!r}")
 
 
-def typed(name: str, value: Any, kind: type) -> Any:
-    """`value` as one of int, float, str, bool, tuple[int, ...]; values of other types are passed on as they are."""
-    if get_origin(kind) is tuple:
-        whole = isinstance(value, Sequence) and all(type(item) is int for item in value)
-        if not whole or not value or len(set(value)) < len(value):
-            raise MethodError(f"{name} must be one or more different whole numbers, not {value!r}")
-        return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    scalar = kind in (int, float, str, bool)
-    if scalar and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
-        raise MethodError(f"{name} must be {kind.__name__}, not {value!r}")
-    return value
+def _different_numbers(name: str, value: Any) -> tuple[int, ...]:
+    whole = isinstance(value, Sequence) and all(type(number) is int for number in value)
+    if not whole or not value or len(set(value)) < len(value):
+        raise MethodError(f"{name} must be one or more different whole numbers, not {value!r}")
+    return tuple(value)

@@ -18,7 +18,9 @@ from typing import Any
 
 from nbkit.edits.edit import Edit
 from nbkit.keys.moments import SecondMoments
-from nbkit.methods.verbs import METHODS, as_templates, edit, hyper_parameters, needed_moments
+from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.table import METHODS
+from nbkit.methods.verbs import as_templates, edit, needed_moments
 from nbkit.models import prompts
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.provenance import code_version, digest, provenance

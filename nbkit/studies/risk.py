@@ -14,7 +14,7 @@ import torch
 
 from nbkit.keys.extract import keys_in_contexts
 from nbkit.methods.rome import update_direction
-from nbkit.methods.verbs import SecondMomentLike, as_moments, as_templates, hyper_parameters
+from nbkit.methods.verbs import SecondMomentLike, settings_for
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind
 from nbkit.records.requests import EditRequest
@@ -38,13 +38,12 @@ def collapse_risk(
     value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor ‖value_init‖ +
     ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
-    given = {} if layer is None else {"layer": layer}
-    parameters = hyper_parameters(lm, "rome", key_mode=key_mode, **given)
-    templates, moments = as_templates(lm, context_templates), as_moments(lm, second_moment)
+    settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
+    parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), 4, dtype=torch.float64)
-    for places, found in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
-        key, value_now, u = update_direction(found, moments, parameters.layer, key_mode)
+    for places, found in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
+        key, value_now, u = update_direction(found, settings.second_moments, parameters.layer, parameters.key_mode)
         value_init = found.values[:, 0]
         denominator = (key.double() * u).sum(-1).abs()
         norm = value_init.double().norm(dim=-1)
@@ -57,7 +56,7 @@ def collapse_risk(
             "subject": request.subject,
             "subject_kind": subject_kind(lm, request),
             "layer": parameters.layer,
-            "key_mode": key_mode,
+            "key_mode": parameters.key_mode,
         }
         for request in requests
     ]

@@ -1,0 +1,26 @@
+"""The methods by name."""
+
+from nbkit.errors import MethodError
+from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
+from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, knowledge_neurons_each
+from nbkit.methods.memit import MemitParameters, memit_each, memit_together
+from nbkit.methods.mend import MendParameters, mend_each, mend_files, mend_together
+from nbkit.methods.method import Method
+from nbkit.methods.rome import RomeParameters, rome
+
+METHODS: dict[str, Method] = {
+    "ft": Method(FinetuneParameters, finetune_each, finetune_together),
+    "kn": Method(KnowledgeNeuronParameters, knowledge_neurons_each),
+    "mend": Method(MendParameters, mend_each, mend_together, files=mend_files),
+    "rome": Method(RomeParameters, rome, template_lengths=((5, 10), (10, 10))),
+    **{
+        name: Method(MemitParameters, memit_each, memit_together, True, template_lengths=((10, 5),))
+        for name in ("memit", "emmet", "alphaedit")
+    },
+}
+
+
+def method_named(name: str) -> Method:
+    if name not in METHODS:
+        raise MethodError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
