@@ -6,9 +6,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.ticker import MultipleLocator
 
-from nbkit.plots.style import GREY, columns, group_styles, legend_above, log_axis
+from nbkit.plots.points import MEDIAN, strips
+from nbkit.plots.style import GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
 
 PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "denominator": "denominator\n$|k_u \\cdot u|$"}
 
@@ -21,33 +22,24 @@ def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
             finite have no place on a log axis; the tick label counts them.
     """
     columns(frame, *PARTS, group)
-    styles = group_styles(frame[group])
-    jitter, width, labels = np.random.default_rng(0), 0.8 / len(styles), []
+    styles, labels = group_styles(frame[group]), []
+    jitter, width = np.random.default_rng(0), 0.8 / len(styles)
     for at, (part, label) in enumerate(PARTS.items()):
-        left_out = 0
-        for i, (name, (colour, marker)) in enumerate(styles.items()):
-            values = frame.loc[frame[group] == name, part].to_numpy(float)
-            valid = np.isfinite(values) & (values > 0)
-            left_out += int((~valid).sum())
-            values, middle = values[valid], at + (i - (len(styles) - 1) / 2) * width
-            if not len(values):
-                continue
-            spread = jitter.uniform(-0.15, 0.15, len(values)) * width
-            ax.plot(middle + spread, values, ls="none", marker=marker, color=colour, ms=2.8, mew=0, alpha=0.55)
-            median = float(np.median(values))
-            ax.plot([middle - 0.22 * width, middle + 0.22 * width], [median] * 2, color="black", lw=1.4)
-            ax.annotate(f"{median:.3g}", (middle + 0.25 * width, median), fontsize=7, va="center")
+        drawn = frame[np.isfinite(frame[part]) & (frame[part] > 0)]
+        for strip in strips(at, drawn[part], drawn[group], styles, width, 0.15 * width, jitter):
+            colour, marker = strip.style
+            ax.plot(strip.places, strip.values, ls="none", marker=marker, color=colour, ms=2.8, mew=0, alpha=0.55)
+            median = float(np.median(strip.values))
+            strip.median(ax, median, reach=0.22 * width)
+            ax.annotate(f"{median:.3g}", (strip.middle + 0.25 * width, median), fontsize=7, va="center")
+        left_out = len(frame) - len(drawn)
         labels.append(label + (f"\n({left_out} not drawn: zero or not finite)" if left_out else ""))
     log_axis(ax.yaxis)
     ax.set_ylabel("Norm or absolute value")
     ax.set_xticks(range(len(PARTS)), labels)
     ax.set_xlim(-0.5, len(PARTS) - 0.4)
-    counts = frame[group].value_counts()
-    handles = [
-        Line2D([], [], ls="none", marker=marker, color=colour, mew=0, label=f"{name} (n = {counts[name]})")
-        for name, (colour, marker) in styles.items()
-    ]
-    legend_above(ax, [*handles, Line2D([], [], color="black", lw=1.4, label="median")], ncols=3)
+    handles = [*group_handles(styles, frame[group]), Line2D([], [], label="median", **MEDIAN)]
+    legend_above(ax, handles, ncols=3)
     return ax
 
 
@@ -72,15 +64,8 @@ def similarity_histogram(
     ax.xaxis.set_major_locator(MultipleLocator(0.25 if lowest == 0 else 0.5))
     ax.set_xlabel("Cosine similarity of plain and prefixed key")
     ax.set_ylabel("Share of keys")
-    legend_above(ax, _patches(frame, group, styles))
+    legend_above(ax, group_handles(styles, frame[group], alpha=0.3))
     return ax
-
-
-def _patches(frame: pd.DataFrame, group: str, styles: dict) -> list:
-    return [
-        Patch(fc=(colour, 0.3), ec=colour, label=f"{name} (n = {(frame[group] == name).sum()})")
-        for name, (colour, _) in styles.items()
-    ]
 
 
 def norm_histogram(
@@ -97,19 +82,20 @@ def norm_histogram(
         raise ValueError(f"column {by} holds {', '.join(map(str, kinds))}: only 'plain' and 'prefixed' can be drawn")
     styles, values = group_styles(frame[group]), frame[column].to_numpy(float)
     edges = np.geomspace(values.min() * 0.98, values.max() * 1.02, bins + 1)
-    handles = [Patch(color=colour, label=str(name)) for name, (colour, _) in styles.items()]
+    dashes = {"plain": "-", "prefixed": (0, (3, 1))}
     for name, (colour, _) in styles.items():
         for kind in kinds:
             norms = frame.loc[(frame[group] == name) & (frame[by] == kind), column].to_numpy(float)
             if not len(norms):
                 continue
-            fill = kind == "plain"
-            look = {"fc": (colour, 0.35) if fill else "none", "ec": colour, "lw": 0.6 if fill else 1.2}
+            look = {"fc": (colour, 0.35), "lw": 0.6} if kind == "plain" else {"fc": "none", "lw": 1.2}
             share = np.full(len(norms), 1 / len(norms))
-            ax.hist(norms, edges, weights=share, histtype="stepfilled", ls="-" if fill else (0, (3, 1)), **look)
+            ax.hist(norms, edges, weights=share, histtype="stepfilled", ls=dashes[kind], ec=colour, **look)
+    handles = group_handles(styles, alpha=1)
     for kind in kinds:
-        look = {"fc": (GREY, 0.35), "ls": "-"} if kind == "plain" else {"fc": "none", "ls": (0, (3, 1))}
-        handles.append(Patch(ec=GREY, label=f"{kind} (n = {(frame[by] == kind).sum()})", **look))
+        filling = (GREY, 0.35) if kind == "plain" else "none"
+        label = f"{kind} (n = {(frame[by] == kind).sum()})"
+        handles.append(Patch(fc=filling, ec=GREY, ls=dashes[kind], label=label))
     log_axis(ax.xaxis)
     ax.set_xlabel("Norm of the key")
     ax.set_ylabel("Share of keys")
@@ -136,7 +122,7 @@ def embedding_scatter(
             points = frame[(frame[group] == name) & (frame[vector] == kind)]
             look = {"marker": markers[kind], "mfc": (colour, 0.35), "mec": colour, "mew": 0.5, "ms": 3.6}
             ax.plot(points["x"], points["y"], ls="none", **look)
-    handles = [Patch(fc=(colour, 0.5), ec=colour, label=str(name)) for name, (colour, _) in styles.items()]
+    handles = group_handles(styles, alpha=0.5)
     handles += [Line2D([], [], ls="none", marker=markers[k], mfc="none", mec=GREY, label=str(k)) for k in kinds]
     ax.set_xlabel(f"{method} 1")
     ax.set_ylabel(f"{method} 2")
@@ -166,6 +152,6 @@ def similarity_curves(
     ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.05)
     ax.set_xlabel({"position": "Token position (0 is the first)", "layer": "Layer"}.get(x, x))
     ax.set_ylabel("Cosine similarity of keys")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_axis(ax.xaxis)
     legend_above(ax, handles, ncols=3)
     return ax

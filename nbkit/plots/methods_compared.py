@@ -3,25 +3,20 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
+from nbkit.plots.points import CEILING, Edge, strips, unedited_line
 from nbkit.plots.style import (
     BLUE,
-    CEILING,
     GREEN,
-    GREY,
     ORANGE,
-    at_edge,
     columns,
-    edge_handle,
-    edge_of,
+    group_handles,
     group_styles,
     legend_above,
     log_axis,
-    mark_edge,
-)  # fmt: skip
+    percent_axis,
+)
 
 SCORES = {"efficacy": (BLUE, "o"), "paraphrase": (ORANGE, "s"), "neighborhood": (GREEN, "D")}
 
@@ -43,13 +38,12 @@ def method_scores(frame: pd.DataFrame, ax: Axes, by: str = "variant") -> Axes:
             if len(values) > 1 and values.std() > 0:
                 low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
                 ax.plot([max(low, 0), min(high, 1)], [y, y], color=colour, lw=0.9)
-            ax.plot(mean, y, ls="none", marker=marker, color=colour, mew=0, ms=4, label=score if at == 0 else None)
+            ax.plot(mean, y, ls="none", marker=marker, color=colour, mew=0, ms=4)
     _rows(ax, names)
     ax.set_xlim(-0.03, 1.03)
-    ax.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    percent_axis(ax.xaxis)
     ax.set_xlabel("Mean score")
-    handles = [Line2D([], [], ls="none", marker=m, color=c, mew=0, label=s) for s, (c, m) in SCORES.items()]
-    legend_above(ax, handles, ncols=3)
+    legend_above(ax, group_handles(SCORES), ncols=3)
     return ax
 
 
@@ -64,26 +58,16 @@ def perplexity_by_method(
     """
     columns(frame, "perplexity", "perplexity_before", by, hue)
     names, styles = list(dict.fromkeys(frame[by])), group_styles(frame[hue])
-    edge, jitter = edge_of(frame["perplexity"], ceiling), np.random.default_rng(0)
-    n_over = 0
+    edge, jitter = Edge(frame["perplexity"], ceiling, along="x"), np.random.default_rng(0)
     for at, name in enumerate(names):
-        for i, (group, (colour, marker)) in enumerate(styles.items()):
-            values = frame.loc[(frame[by] == name) & (frame[hue] == group), "perplexity"]
-            x, over = at_edge(values, edge)
-            y = at + (i - (len(styles) - 1) / 2) * 0.26 + jitter.uniform(-0.09, 0.09, len(x))
-            ax.plot(x[~over], y[~over], ls="none", marker=marker, color=colour, alpha=0.5, mew=0, ms=2.6)
-            mark_edge(ax, x[over], y[over], colour, marker=">")
-            n_over += int(over.sum())
-    before = float(frame["perplexity_before"].iloc[0])
-    ax.axvline(before, color=GREY, ls="--", lw=0.8)
+        here = frame[frame[by] == name]
+        for strip in strips(at, here["perplexity"], here[hue], styles, width=0.26, spread=0.09, jitter=jitter):
+            edge.points(ax, strip.places, strip.values, strip.style, ms=2.6, alpha=0.5)
+    unedited = unedited_line(frame, ax.axvline)
     log_axis(ax.xaxis)
     ax.set_xlabel("Perplexity after the edit")
     _rows(ax, names)
-    handles = [Line2D([], [], ls="none", marker=m, color=c, mew=0, label=str(g)) for g, (c, m) in styles.items()]
-    handles.append(Line2D([], [], color=GREY, ls="--", lw=0.8, label=f"unedited ({before:.3g})"))
-    if n_over:
-        handles.append(edge_handle(n_over, len(frame), edge, ceiling, marker=">"))
-    legend_above(ax, handles)
+    legend_above(ax, group_handles(styles) + unedited + edge.handles())
     return ax
 
 

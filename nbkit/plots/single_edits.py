@@ -7,47 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nbkit.plots.style import (
-    CEILING,
-    GREY,
-    at_edge,
-    columns,
-    edge_handle,
-    edge_of,
-    group_styles,
-    legend_above,
-    log_axis,
-    mark_edge,
-)
+from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line
+from nbkit.plots.style import REFERENCE, columns, group_handles, group_styles, integer_axis, legend_above, percent_axis
 from nbkit.records.collapse import Detection, shares
-
-
-def _baseline(frame: pd.DataFrame, ax: Axes) -> list:
-    if "perplexity_before" not in frame:
-        return []
-    value = float(frame["perplexity_before"].iloc[0])
-    return [ax.axhline(value, color=GREY, ls="--", lw=0.8, zorder=1, label=f"unedited ({value:.3g})")]
-
-
-def _points(ax: Axes, x, values, edge: float, colour: str, marker: str) -> None:
-    """Points, hollow triangles where the value is off the scale."""
-    drawn, over = at_edge(values, edge)
-    x = np.asarray(x, float)
-    ax.plot(x[~over], drawn[~over], ls="none", marker=marker, color=colour, ms=3, mew=0, alpha=0.8, zorder=2)
-    mark_edge(ax, x[over], drawn[over], colour)
-
-
-def _finish(frame: pd.DataFrame, ax: Axes, edge: float, ceiling: float | None) -> list:
-    """The log axis, its upper end at the edge if values are drawn there, and their legend entry."""
-    ax.set_ylabel("Perplexity")
-    ax.set_yscale("log")
-    n_over = int(at_edge(frame["perplexity"], edge)[1].sum())
-    if n_over:
-        ax.set_ylim(top=edge * 1.15)
-    log_axis(ax.yaxis)
-    return [edge_handle(n_over, len(frame), edge, ceiling)] if n_over else []
 
 
 def perplexity_per_edit(
@@ -60,18 +23,16 @@ def perplexity_per_edit(
         ceiling: perplexities above it, and infinite or NaN ones, are hollow triangles at the top edge.
     """
     columns(frame, "perplexity", group)
-    edge = edge_of(frame["perplexity"], ceiling)
-    x = np.arange(1, len(frame) + 1)
-    handles = []
-    for name, (colour, marker) in group_styles(frame[group]).items():
+    styles, edge = group_styles(frame[group]), Edge(frame["perplexity"], ceiling)
+    numbers = np.arange(1, len(frame) + 1)
+    for name, style in styles.items():
         of_group = (frame[group] == name).to_numpy()
-        _points(ax, x[of_group], frame["perplexity"][of_group], edge, colour, marker)
-        label = f"{name} (n = {of_group.sum()})"
-        handles.append(Line2D([], [], ls="none", marker=marker, color=colour, mew=0, label=label))
-    handles += _baseline(frame, ax) + _finish(frame, ax, edge, ceiling)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        edge.points(ax, numbers[of_group], frame["perplexity"][of_group], style, ms=3, alpha=0.8)
+    unedited = unedited_line(frame, ax.axhline, zorder=1)
+    ax.set_ylabel("Perplexity")
+    integer_axis(ax.xaxis)
     ax.set_xlabel("Edited model (request number)")
-    legend_above(ax, handles)
+    legend_above(ax, group_handles(styles, frame[group]) + unedited + edge.finish(ax))
     return ax
 
 
@@ -83,28 +44,19 @@ def perplexity_strips(
     Compares variants of a method, for example ROME with C-ROME; arguments as in `perplexity_per_edit`.
     """
     columns(frame, "perplexity", by, hue)
-    edge = edge_of(frame["perplexity"], ceiling)
     places, styles = list(dict.fromkeys(frame[by])), group_styles(frame[hue])
-    jitter = np.random.default_rng(0)
+    edge, jitter, width = Edge(frame["perplexity"], ceiling), np.random.default_rng(0), 0.8 / len(styles)
     for at, place in enumerate(places):
-        for i, (name, (colour, marker)) in enumerate(styles.items()):
-            values = frame.loc[(frame[by] == place) & (frame[hue] == name), "perplexity"]
-            if values.empty:
-                continue
-            width = 0.8 / len(styles)
-            middle = at + (i - (len(styles) - 1) / 2) * width
-            _points(ax, middle + jitter.uniform(-0.3, 0.3, len(values)) * width, values, edge, colour, marker)
-            median = np.median(at_edge(values, edge)[0])
-            ax.plot([middle - 0.4 * width, middle + 0.4 * width], [median] * 2, color="black", lw=1.4, zorder=4)
-    handles = [
-        Line2D([], [], ls="none", marker=marker, color=colour, mew=0, label=str(name))
-        for name, (colour, marker) in styles.items()
-    ]
-    handles.append(Line2D([], [], color="black", lw=1.4, label="median"))
-    handles += _baseline(frame, ax) + _finish(frame, ax, edge, ceiling)
+        here = frame[frame[by] == place]
+        for strip in strips(at, here["perplexity"], here[hue], styles, width, 0.3 * width, jitter):
+            edge.points(ax, strip.places, strip.values, strip.style, ms=3, alpha=0.8)
+            strip.median(ax, np.median(edge.place(strip.values)[0]), reach=0.4 * width, zorder=4)
+    handles = [*group_handles(styles), Line2D([], [], label="median", **MEDIAN)]
+    handles += unedited_line(frame, ax.axhline, zorder=1) + edge.finish(ax)
     counts = frame.groupby(by)[hue].value_counts().groupby(level=0).max()
     ax.set_xticks(range(len(places)), ["{}\n(n = {})".format(str(p).replace(" ", "\n", 1), counts[p]) for p in places])
     ax.set_xlim(-0.5, len(places) - 0.5)
+    ax.set_ylabel("Perplexity")
     legend_above(ax, handles)
     return ax
 
@@ -130,7 +82,7 @@ def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: st
     ax.invert_yaxis()
     ax.set_xlim(0, 1.2)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    ax.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    percent_axis(ax.xaxis)
     ax.set_xlabel(f"Edits that raise perplexity ≥ {ratio:g}×")
     return ax
 
@@ -142,16 +94,16 @@ def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
         detections: {name of the score: `collapse.detection` of it}. One without both outcomes has no curve, and says
             so.
     """
-    ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=0.8, label="chance")
+    ax.plot([0, 1], [0, 1], label="chance", **REFERENCE)
     styles = group_styles(detections)
     dashes = itertools.cycle(["-", "--", "-.", ":"])  # curves may lie on each other
-    for name, found in detections.items():
-        if np.isnan(found.auc):
-            label = f"{name}: {found.collapsed} of {found.n} collapse, no curve"
+    for name, detection in detections.items():
+        if np.isnan(detection.auc):
+            label = f"{name}: {detection.collapsed} of {detection.n} collapse, no curve"
         else:
-            label = f"{name}: AUC {found.auc:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        ax.plot(found.curve["false_alarms"], found.curve["found"], color=styles[name][0], ls=next(dashes),
-                label=label)  # fmt: skip
+            label = f"{name}: AUC {detection.auc:.2f} [{detection.low:.2f}, {detection.high:.2f}]"
+        curve = detection.curve
+        ax.plot(curve["false_alarms"], curve["found"], color=styles[name][0], ls=next(dashes), label=label)
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(-0.02, 1.02)
     ax.set_aspect("equal")

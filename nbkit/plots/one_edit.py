@@ -3,9 +3,20 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from nbkit.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, columns, legend_above
+from nbkit.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    REFERENCE,
+    SKY,
+    VERMILION,
+    columns,
+    integer_axis,
+    legend_above,
+)
 
 LOSS_PARTS = {"nll": "new target (NLL)", "kl": "essence (KL)", "weight_decay": "size of the change"}
 
@@ -28,12 +39,12 @@ def loss_curve(frame: pd.DataFrame, ax: Axes, threshold: float | None = 0.05) ->
     )
     ax.plot(frame["step"], frame[list(LOSS_PARTS)].sum(axis=1, skipna=False), color=BLACK, lw=1, label="total")
     if threshold is not None:
-        ax.axhline(threshold, color=GREY, ls="--", lw=0.8, label=f"stop below {threshold:g}")
+        ax.axhline(threshold, label=f"stop below {threshold:g}", **REFERENCE)
     ax.set_xlim(frame["step"].min(), frame["step"].max())
     ax.set_ylim(bottom=0)
     ax.set_xlabel("Optimisation step")
     ax.set_ylabel("Loss of $v^*$ (nats)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_axis(ax.xaxis)
     legend_above(ax, ncols=2)
     return ax
 
