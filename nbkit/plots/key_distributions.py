@@ -1,4 +1,4 @@
-"""Why an edit breaks the model: the two parts of ROME's update, and where the keys lie with and without prefixes."""
+"""Where keys lie: their similarities and norms with and without prefixes, by position and layer, and in the plane."""
 
 import numpy as np
 import pandas as pd
@@ -8,39 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator
 
-from nbkit.plots.points import MEDIAN, strips
 from nbkit.plots.style import GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
-
-PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "denominator": "denominator\n$|k_u \\cdot u|$"}
-
-
-def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
-    """Numerator and denominator of ROME's update (log), a strip of edits per group with its median written beside it.
-
-    Args:
-        frame: rows of `studies.single_edits`: numerator, denominator and `group`. Values that are not positive and
-            finite have no place on a log axis; the tick label counts them.
-    """
-    columns(frame, *PARTS, group)
-    styles, labels = group_styles(frame[group]), []
-    jitter, width = np.random.default_rng(0), 0.8 / len(styles)
-    for at, (part, label) in enumerate(PARTS.items()):
-        drawn = frame[np.isfinite(frame[part]) & (frame[part] > 0)]
-        for strip in strips(at, drawn[part], drawn[group], styles, width, 0.15 * width, jitter):
-            colour, marker = strip.style
-            ax.plot(strip.places, strip.values, ls="none", marker=marker, color=colour, ms=2.8, mew=0, alpha=0.55)
-            median = float(np.median(strip.values))
-            strip.median(ax, median, reach=0.22 * width)
-            ax.annotate(f"{median:.3g}", (strip.middle + 0.25 * width, median), fontsize=7, va="center")
-        left_out = len(frame) - len(drawn)
-        labels.append(label + (f"\n({left_out} not drawn: zero or not finite)" if left_out else ""))
-    log_axis(ax.yaxis)
-    ax.set_ylabel("Norm or absolute value")
-    ax.set_xticks(range(len(PARTS)), labels)
-    ax.set_xlim(-0.5, len(PARTS) - 0.4)
-    handles = [*group_handles(styles, frame[group]), Line2D([], [], label="median", **MEDIAN)]
-    legend_above(ax, handles, ncols=3)
-    return ax
 
 
 def similarity_histogram(
@@ -57,15 +25,12 @@ def similarity_histogram(
     lowest = -1.0 if (frame[column] < -1 / bins).any() else 0.0
     edges = np.linspace(lowest, 1.0, bins + 1)
     drawn = frame.assign(**{column: frame[column].clip(lowest, 1.0)})  # rounding can pass 1
-    sns.histplot(drawn, x=column, hue=group, hue_order=list(styles), palette={n: s[0] for n, s in styles.items()},
-                 bins=edges, stat="probability", common_norm=False, element="step", alpha=0.3, lw=1, ax=ax,
-                 legend=False)  # fmt: skip
-    ax.set_xlim(lowest, 1.0)
+    palette = {name: colour for name, (colour, _) in styles.items()}
+    look = {"hue_order": list(styles), "palette": palette, "element": "step", "alpha": 0.3, "lw": 1, "legend": False}
+    sns.histplot(drawn, x=column, hue=group, bins=edges, stat="probability", common_norm=False, ax=ax, **look)
     ax.xaxis.set_major_locator(MultipleLocator(0.25 if lowest == 0 else 0.5))
-    ax.set_xlabel("Cosine similarity of plain and prefixed key")
-    ax.set_ylabel("Share of keys")
-    legend_above(ax, group_handles(styles, frame[group], alpha=0.3))
-    return ax
+    ax.set(xlim=(lowest, 1.0), xlabel="Cosine similarity of plain and prefixed key", ylabel="Share of keys")
+    return legend_above(ax, group_handles(styles, frame[group], alpha=0.3))
 
 
 def norm_histogram(
@@ -97,10 +62,8 @@ def norm_histogram(
         label = f"{kind} (n = {(frame[by] == kind).sum()})"
         handles.append(Patch(fc=filling, ec=GREY, ls=dashes[kind], label=label))
     log_axis(ax.xaxis)
-    ax.set_xlabel("Norm of the key")
-    ax.set_ylabel("Share of keys")
-    legend_above(ax, handles)
-    return ax
+    ax.set(xlabel="Norm of the key", ylabel="Share of keys")
+    return legend_above(ax, handles)
 
 
 def embedding_scatter(
@@ -124,13 +87,10 @@ def embedding_scatter(
             ax.plot(points["x"], points["y"], ls="none", **look)
     handles = group_handles(styles, alpha=0.5)
     handles += [Line2D([], [], ls="none", marker=markers[k], mfc="none", mec=GREY, label=str(k)) for k in kinds]
-    ax.set_xlabel(f"{method} 1")
-    ax.set_ylabel(f"{method} 2")
+    ax.set(xlabel=f"{method} 1", ylabel=f"{method} 2")
     if method.upper().startswith("T-SNE"):
-        ax.set_xticks([])
-        ax.set_yticks([])
-    legend_above(ax, handles, ncols=3)
-    return ax
+        ax.set(xticks=[], yticks=[])
+    return legend_above(ax, handles, ncols=3)
 
 
 def similarity_curves(
@@ -149,9 +109,7 @@ def similarity_curves(
         handles += ax.plot(table.index, table[0.5], color=colour, marker=marker, ms=3, mew=0, label=str(name))
     handles.append(Patch(color=GREY, alpha=0.3, lw=0, label="middle half"))
     ax.axhline(0, color=GREY, lw=0.5, zorder=0)
-    ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.05)
-    ax.set_xlabel({"position": "Token position (0 is the first)", "layer": "Layer"}.get(x, x))
-    ax.set_ylabel("Cosine similarity of keys")
+    xlabel = {"position": "Token position (0 is the first)", "layer": "Layer"}.get(x, x)
+    ax.set(ylim=(min(-0.05, ax.get_ylim()[0]), 1.05), xlabel=xlabel, ylabel="Cosine similarity of keys")
     integer_axis(ax.xaxis)
-    legend_above(ax, handles, ncols=3)
-    return ax
+    return legend_above(ax, handles, ncols=3)

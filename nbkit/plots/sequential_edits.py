@@ -61,9 +61,7 @@ def sequential_curves(
     if edge:
         handles += edge.finish(ax)
     else:
-        ax.set_ylim(-0.03, 1.03)
-    ax.set_xlabel("Number of edits")
-    ax.set_ylabel(LABELS.get(y, y))
+        ax.set(ylim=(-0.03, 1.03))
+    ax.set(xlabel="Number of edits", ylabel=LABELS.get(y, y))
     integer_axis(ax.xaxis)
-    legend_above(ax, handles)
-    return ax
+    return legend_above(ax, handles)

@@ -1,26 +1,19 @@
 """What all figures share: sizes, fonts, colours of the groups, legends, ticks, and how to save."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.style import context
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogFormatterMathtext,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-    PercentFormatter,
-)
 from matplotlib.transforms import ScaledTranslation
 
 from nbkit import paths
@@ -32,7 +25,7 @@ TWO_COLUMNS = 7.0  # inches: the full text width
 
 BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito: told apart by all eyes
 ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#666666"
-REFERENCE = {"color": GREY, "ls": "--", "lw": 0.8}  # the line that values are compared with: unedited, chance, a threshold
+REFERENCE = {"color": GREY, "ls": "--", "lw": 0.8}  # a line to compare with: the unedited model, chance, a threshold
 
 # The same group has the same colour and marker in every figure; other names take the spare ones in turn.
 GROUP_STYLES = {
@@ -61,10 +54,8 @@ def group_styles(names: Iterable) -> dict:
     """{group: (colour, marker)} of the groups that occur, known ones always alike."""
     names = list(dict.fromkeys(names))
     taken = {GROUP_STYLES[name][0] for name in names if name in GROUP_STYLES}
-    spare = [style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES
-    unknown = [name for name in names if name not in GROUP_STYLES]
-    extra = {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
-    return {name: GROUP_STYLES.get(name) or extra[name] for name in names}
+    spare = itertools.cycle([style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES)
+    return {name: GROUP_STYLES.get(name) or next(spare) for name in names}
 
 
 def columns(frame, *names: str) -> None:
@@ -101,33 +92,34 @@ def log_axis(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = np.log10(axis.get_view_interval())
     if high - low >= 2:
-        axis.set_major_locator(LogLocator(numticks=7))
-        axis.set_major_formatter(LogFormatterMathtext())
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(ticker.LogLocator(numticks=7))
+        axis.set_major_formatter(ticker.LogFormatterMathtext())
+        axis.set_minor_formatter(ticker.NullFormatter())
         return
     narrow = axis.axis_name == "x" and axis.axes.bbox.width < 1.6 * axis.axes.figure.dpi  # no room for many numbers
     subs, n_ticks = ((1, 3), 3) if narrow else ((1, 2, 5), 5)
-    axis.set_major_locator(LogLocator(subs=subs) if high - low >= 0.6 else MaxNLocator(n_ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if high - low >= 0.6 else ticker.MaxNLocator(n_ticks))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def integer_axis(axis: Axis) -> None:
     """Numbers at whole values only: steps, edits, layers."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(ticker.MaxNLocator(integer=True))
 
 
 def percent_axis(axis: Axis) -> None:
     """Shares between 0 and 1 as percentages."""
-    axis.set_major_formatter(PercentFormatter(xmax=1))
+    axis.set_major_formatter(ticker.PercentFormatter(xmax=1))
 
 
-def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> None:
+def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> Axes:
     """A legend over the axes (and over its title of so many lines), where it hides no data."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     above = ax.transAxes + _lift(ax, title_lines)
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=above, ncols=ncols,
-              borderaxespad=0.3)  # fmt: skip
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": above, "borderaxespad": 0.3}
+    ax.legend(handles=handles, ncols=ncols, **place)
+    return ax
 
 
 def _lift(ax: Axes, lines: int) -> ScaledTranslation:
@@ -167,15 +159,12 @@ def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None 
     Raises ResultsError if the folder is full or cannot be written; a file of an earlier run then stays whole.
     """
     folder = paths.FIGURES if folder is None else Path(folder)
-    no_dates = {
-        "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
-        "png": {"Software": None},
-    }
+    no_dates = {"pdf": ["CreationDate", "ModDate", "Creator", "Producer"], "png": ["Software"]}
     files = {folder / f"{name}.md": caption.strip().encode() + b"\n"}
     with paper_style():
-        for kind, metadata in no_dates.items():
+        for kind, fields in no_dates.items():
             drawn = io.BytesIO()
-            fig.savefig(drawn, format=kind, metadata=metadata)
+            fig.savefig(drawn, format=kind, metadata=dict.fromkeys(fields))
             files[folder / f"{name}.{kind}"] = drawn.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)

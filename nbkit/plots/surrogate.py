@@ -10,7 +10,6 @@ from nbkit.plots.points import CEILING, Edge
 from nbkit.plots.style import BLUE, GREY, ORANGE, REFERENCE, columns, legend_above
 from nbkit.records.correlation import Correlation, spearman
 
-
 METRICS = {  # name of the metric, None where the rows have none: label of the axis
     None: "Score",
     "acc": "Accuracy",
@@ -58,15 +57,9 @@ def perplexity_vs_task(frame: pd.DataFrame, ax: Axes, seed: int = 0, ceiling: fl
     correlation = spearman(frame["perplexity"][edited], frame["score"][edited], seed=seed)
     heading = f"{str(frame['task'].iloc[0]).replace('_', ' ')} (n = {correlation.n})"
     ax.set_title(f"{heading}\n{correlation_text(correlation)}", fontsize=7, loc="right")
-    ax.set_xlabel("Perplexity")
-    ax.set_ylabel(_score_label(frame))
-    legend_above(ax, handles, title_lines=2)
-    return ax
-
-
-def _score_label(frame: pd.DataFrame) -> str:
     metric = frame["metric"].iloc[0] if "metric" in frame else None
-    return METRICS.get(metric, str(metric))
+    ax.set(xlabel="Perplexity", ylabel=METRICS.get(metric, str(metric)))
+    return legend_above(ax, handles, title_lines=2)
 
 
 def perplexity_vs_tasks(
@@ -81,12 +74,12 @@ def perplexity_vs_tasks(
     axes, tasks = list(np.ravel(np.asarray(axes, object))), list(dict.fromkeys(frame["task"]))
     if len(axes) < len(tasks):
         raise ValueError(f"{len(tasks)} tasks need as many axes, not {len(axes)}")
-    for ax, task in zip(axes, tasks, strict=False):
-        perplexity_vs_task(frame[frame["task"] == task], ax, seed=seed, ceiling=ceiling)
-    for ax in axes[len(tasks) :]:
+    shown, spare = axes[: len(tasks)], axes[len(tasks) :]
+    for ax in spare:
         ax.remove()
-    for i, ax in enumerate(axes[: len(tasks)]):
+    for i, (ax, task) in enumerate(zip(shown, tasks, strict=True)):
+        perplexity_vs_task(frame[frame["task"] == task], ax, seed=seed, ceiling=ceiling)
         grid = ax.get_subplotspec()
         if grid is not None and i + grid.get_gridspec().ncols < len(tasks):
             ax.set_xlabel("")
-    return axes[: len(tasks)]
+    return shown
