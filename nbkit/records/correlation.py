@@ -21,10 +21,10 @@ class Correlation(NamedTuple):
     n: int
 
 
-def _rho(perplexity: np.ndarray, score: np.ndarray) -> float:
-    with warnings.catch_warnings():  # a resample of equal values has no rho: NaN, left out of the interval below
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        return float(stats.spearmanr(perplexity, score).statistic)
+def _rho(perplexity: np.ndarray, score: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Along an axis; `stats.spearmanr` would take the rows of a matrix for variables and correlate all with all."""
+    ranks = stats.rankdata(perplexity, axis=axis), stats.rankdata(score, axis=axis)
+    return stats.pearsonr(*ranks, axis=axis).statistic
 
 
 def spearman(perplexity, score, seed: int = 0, n_resamples: int = 2000) -> Correlation:
@@ -41,19 +41,19 @@ def spearman(perplexity, score, seed: int = 0, n_resamples: int = 2000) -> Corre
     n = len(score)
     if n < 3 or np.ptp(score) == 0 or (perplexity == perplexity[0]).all():
         return Correlation(np.nan, np.nan, np.nan, n)
-    with warnings.catch_warnings():  # that some resamples have no rho is dealt with below
+    with warnings.catch_warnings():  # a resample of equal values has no rho: NaN, left out of the interval below
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         resampled = stats.bootstrap(
             (stats.rankdata(perplexity), score),
             _rho,
             paired=True,
-            vectorized=False,
             n_resamples=n_resamples,
             method="percentile",
             rng=np.random.default_rng(seed),
         )
     low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
-    return Correlation(_rho(perplexity, score), float(low), float(high), n)
+    return Correlation(float(stats.spearmanr(perplexity, score).statistic), float(low), float(high), n)
 
 
 def correlations(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
