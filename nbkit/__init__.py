@@ -27,7 +27,6 @@ _NAMES = {
     "context_templates": "models.prompts",
     "second_moment": "keys.moments",
     "second_moments": "keys.moments",
-    "Convergence": "keys.moments",
     "edit": "methods.verbs",
     "edit_batch": "methods.verbs",
     "edit_sequence": "methods.verbs",

@@ -1,4 +1,4 @@
-"""The command line: `python -m nbkit run NOTEBOOK -p name value ...` and `python -m nbkit figures`."""
+"""The command line: `python -m nbkit run NOTEBOOK -p name value ...`, `python -m nbkit figures`, and train-mend."""
 
 import re
 import sys
@@ -12,6 +12,7 @@ from nbkit.errors import NbkitError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Out = Annotated[Path | None, typer.Option(help="Folder for executed notebooks.", show_default="runs/")]
+Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; repeatable.")]
 
 
 class PairsCommand(TyperCommand):
@@ -29,24 +30,29 @@ class PairsCommand(TyperCommand):
         return super().parse_args(ctx, folded)
 
 
+def by_name(pairs: list[str] | None) -> dict[str, str]:
+    """{name: value} of texts name=value."""
+    values = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{name} has no value; write -p {name} VALUE")
+        if name in values:
+            raise typer.BadParameter(f"{name} is given twice")
+        values[name] = value
+    return values
+
+
 @app.command(cls=PairsCommand)
 def run(
     notebook: Annotated[str, typer.Argument(help="A path, or the name of one in notebooks/.")],
-    p: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; repeatable.")] = None,
+    p: Pairs = None,
     out: Out = None,
 ):
     """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/."""
     from nbkit.batch.run import run_notebook
 
-    parameters = {}
-    for pair in p or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{name} has no value; write -p {name} VALUE")
-        if name in parameters:
-            raise typer.BadParameter(f"{name} is given twice")
-        parameters[name] = value
-    typer.echo(run_notebook(notebook, parameters, out))
+    typer.echo(run_notebook(notebook, by_name(p), out))
 
 
 @app.command()
@@ -70,40 +76,23 @@ def figures(
     typer.echo(f"{len(found)} notebooks done; figures are in {paths.FIGURES}")
 
 
-@app.command()
+@app.command(cls=PairsCommand)
 def train_mend(
     model: Annotated[str, typer.Option(help="An embedded model, a local folder, or a Hugging Face id.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Edit requests to train on.", show_default="the embedded world's facts")
+    p: Pairs = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file of such parameters.", show_default="nbkit/methods/mend/recipes.toml")
     ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="Texts that edits shall not change.", show_default="the embedded world's")
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        typer.Option(help="Requests whose facts are not trained on.", show_default="the embedded world's requests"),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The hypernetwork.", show_default="where edits look for it")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for checkpoint and log.", show_default="runs/mend/")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the recipe's")] = None,
-    batch: Annotated[int | None, typer.Option(help="Edits a step.", show_default="the recipe's")] = None,
-    at_once: Annotated[int | None, typer.Option(help="Edits in one pass.", show_default="the recipe's")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the network.", show_default="the recipe's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is drawn.", show_default="the recipe's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
 ):
     """Train the network that the method mend edits with, going on where an interrupted training stopped."""
-    from nbkit.methods import mend_training
+    from nbkit.methods.mend.recipe import recipe_of
+    from nbkit.methods.mend.training import train_to_file
     from nbkit.models.loading import load
 
-    given = {
-        "n_steps": steps, "batch": batch, "at_once": at_once, "rank": rank, "learning_rate": learning_rate, "seed": seed
-    }  # fmt: skip
-    changes = {name: value for name, value in given.items() if value is not None}
-    lm = load(model, device, dtype)
-    typer.echo(mend_training.train_to_file(lm, data, texts, held_out, out, work, changes))
+    chosen, files = recipe_of(model, recipe, by_name(p))
+    typer.echo(train_to_file(load(model, device, dtype), chosen, files))
 
 
 def main():

@@ -176,6 +176,28 @@ def test_a_folder_that_is_not_there(tiny, tmp_path):
         save_edits([], tmp_path / "no" / "edits.safetensors", tiny)
 
 
+def test_a_file_is_as_open_to_others_as_any_new_one(tiny, path, tmp_path):
+    save_edits(edits_of(tiny), path, tiny)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, plain.name}
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(tiny, path, monkeypatch):
+    save_edits(edits_of(tiny), path, tiny)
+    whole = path.read_bytes()
+
+    def full(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nbkit.edits.tensor_files.save_file", full)
+    with pytest.raises(ResultsError, match=r"edits.safetensors cannot be written: .*No space left"):
+        save_edits([], path, tiny)
+    assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(tiny, tmp_path):
     tmp_path.chmod(0o500)

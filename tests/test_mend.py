@@ -3,9 +3,11 @@
 import json
 import math
 import sys
+import tomllib
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,30 +17,26 @@ from nbkit.__main__ import main
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError, NbkitError, PromptError, RequestError
-from nbkit.methods import mend_training
-from nbkit.methods.mend import (
-    Hypernetwork,
-    MendParameters,
-    continuations,
-    load_hypernetwork,
-    mend_each,
-    mend_together,
-    mlp_weights,
-    save_hypernetwork,
-    token_gradients,
-    weights_path,
-)
-from nbkit.methods.mend_training import MendRecipe, changes_of, not_among, train, train_to_file
+from nbkit.methods.mend import MendParameters, mend_each, mend_together, training
+from nbkit.methods.mend.examples import Examples, not_among
+from nbkit.methods.mend.gradients import token_gradients
+from nbkit.methods.mend.hypernetwork import Hypernetwork, mlp_weights
+from nbkit.methods.mend.recipe import RECIPES, MendRecipe, recipe_of
+from nbkit.methods.mend.training import changes_of, losses_of, normalise, train, train_to_file
+from nbkit.methods.mend.weights_file import load_hypernetwork, save_hypernetwork, weights_path
 from nbkit.methods.method import MethodSettings
+from nbkit.models.continuations import continuations
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad, target_ids, tokenize
 from nbkit.records.requests import EditRequest
 
 LAYERS = (1, 2)  # of three
-SHORT = MendRecipe(
-    n_last_layers=2, rank=4, n_steps=8, batch=2, at_once=2, learning_rate=1e-2, rate_learning_rate=0.3, decay=0.5,
-    locality_weight=0.01, text_tokens=8, n_normalising=4, n_validation=3, validate_every=3,
-)  # fmt: skip
+CHANGES = {
+    "n_last_layers": 2, "rank": 4, "n_steps": 8, "batch": 2, "at_once": 2, "learning_rate": 1e-2,
+    "rate_learning_rate": 0.3, "decay": 0.5, "locality_weight": 0.01, "text_tokens": 8, "n_normalising": 4,
+    "n_validation": 3, "validate_every": 3,
+}  # fmt: skip
+SHORT, _ = recipe_of("miniworld-gpt2", changes=CHANGES)
 
 
 def hypernetwork(lm, seed: int | None = None) -> Hypernetwork:
@@ -257,8 +255,8 @@ def test_a_model_without_a_hypernetwork_is_told_how_to_get_one(tiny, requests, t
     ("kind", "config", "message"),
     [
         ("gpt2", {"seed": 1}, "tiny-gpt2 had other weights"),
-        ("gpt2", {"n_inner": 40}, r"is \(40, 32\) here and \(48, 32\) in tiny-gpt2"),
-        ("llama", {}, "tiny-gpt2 has transformer.h.1.mlp.c_fc.weight"),
+        ("gpt2", {"n_inner": 40}, r"mlp.c_fc.weight is \(48, 32\), the weight of tiny-gpt2 is \(40, 32\)"),
+        ("llama", {}, "changes transformer.h.1.mlp.c_fc.weight, a weight that tiny-llama does not have"),
     ],
 )
 def test_another_model_s_hypernetwork_is_refused(tiny, requests, make_lm, tmp_path, kind, config, message):
@@ -313,9 +311,9 @@ def test_the_edited_pass_of_training_equals_the_edited_model(lm, requests, texts
     given = written(lm, tmp_path, seed=1)
     network = load_hypernetwork(lm, given.parameters.weights)
     asked = continuations(lm, [r.text for r in requests], [r.target_new for r in requests])
-    changes = changes_of(lm, network, token_gradients(lm, asked, network.modules_edited))
+    changes = changes_of(lm, network, token_gradients(lm, asked, network.shapes))
     rows = tokenize(lm, texts[:2])
-    with changes.added(lm, network.modules_edited):
+    with changes.added(lm, changes.factors):
         found = lm.logits(pad(lm, rows * len(requests))).unflatten(0, (len(requests), 2))
     for logits, edit in zip(found, mend_each(lm, requests, given), strict=True):
         with applied(lm, edit):
@@ -326,8 +324,8 @@ def test_the_edited_pass_of_training_equals_the_edited_model(lm, requests, texts
 
 def test_gradients_reach_every_part_of_the_network(tiny, many, texts):
     network = hypernetwork(tiny).double()
-    examples = mend_training.Examples(tiny, many, texts, 8).draw(3, mend_training.np.random.default_rng(0))
-    losses = mend_training.losses_of(tiny, network, examples)
+    examples = Examples(tiny, many, texts, 8).draw(3, np.random.default_rng(0))
+    losses = losses_of(tiny, network, examples)
     losses.sum().backward()
     for name, parameter in network.named_parameters():
         part = name.split(".")[-1]
@@ -338,9 +336,9 @@ def test_gradients_reach_every_part_of_the_network(tiny, many, texts):
 
 def test_mean_and_std_are_those_of_the_tokens_that_give(tiny, many):
     network = hypernetwork(tiny).double()
-    mend_training.normalise(tiny, network, many, at_once=5)
+    normalise(tiny, network, many, at_once=5)
     asked = continuations(tiny, [r.text for r in many], [r.target_new for r in many])
-    found = token_gradients(tiny, asked, network.modules_edited)
+    found = token_gradients(tiny, asked, network.shapes)
     for shape in set(network.shapes.values()):
         names = [name for name in network.shapes if network.shapes[name] == shape]
         x = torch.cat([torch.cat([found.u[n], found.delta[n]], -1)[found.gives[n]] for n in names])
@@ -371,7 +369,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 
     whole = train(tiny, many, texts, SHORT, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, mend_training, calls)
+        interrupt_at(patched, training, calls)
         train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     resumed = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -379,7 +377,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     assert [record["step"] for record in log_of(tmp_path / "whole")] == [0, 3, 6, 8]
     with monkeypatch.context() as patched:
-        interrupt_at(patched, mend_training, 0)  # a finished training is not repeated
+        interrupt_at(patched, training, 0)  # a finished training is not repeated
         again = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)
     assert all(torch.equal(again.state_dict()[name], expected) for name, expected in whole.state_dict().items())
 
@@ -397,15 +395,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny, make_lm, many, texts, t
         return train(lm, many, texts, recipe, tmp_path, progress=False)
 
     again()
-    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another training \(of other recipe\)"):
-        again(recipe=replace(SHORT, seed=1))
-    with pytest.raises(NbkitError, match=r"of other model\)"):
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another training \(other rank, seed\)"):
+        again(recipe=replace(SHORT, rank=3, seed=1))
+    with pytest.raises(NbkitError, match=r"\(other model\)"):
         again(lm=make_lm("gpt2", seed=1))
-    with pytest.raises(NbkitError, match=r"of other data\)"):
+    with pytest.raises(NbkitError, match=r"\(other data\)"):
         again(texts=texts[:1])
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is damaged .* delete it"):
+    with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is damaged, .* delete it"):
         again()
 
 
@@ -427,33 +425,105 @@ def test_facts_that_are_held_out_are_known_by_relation_and_by_prompt(many):
 
 def test_neighbours_of_a_request_are_what_should_not_change(tiny, requests):
     request = replace(requests[0], neighborhood_prompts=("Ann plays the",), neighborhood_targets=("the harp",))
-    examples = mend_training.Examples(tiny, [request], [], 8)
-    (example,) = examples.draw(5, mend_training.np.random.default_rng(0))
+    examples = Examples(tiny, [request], [], 8)
+    (example,) = examples.draw(5, np.random.default_rng(0))
     ((row, kept),) = example.unchanged
     target = target_ids(tiny, "the harp")
     assert row == tokenize(tiny, ["Ann plays the"])[0] + target[:-1] and len(kept) == len(target)
 
 
+def test_the_shipped_recipes():
+    published, files = recipe_of("gpt2-xl", changes={"data": "facts.json"})
+    assert (published.rank, published.n_steps, published.learning_rate) == (1920, 100_000, 1e-6)
+    assert (files.data, files.texts, files.held_out) == ("facts.json", "", "")
+    embedded, files = recipe_of("miniworld-gpt2")
+    assert (embedded.rank, embedded.n_steps, embedded.learning_rate) == (128, 3_000, 1e-3)
+    assert (files.data, files.texts, files.held_out) == ("miniworld-facts", "miniworld-training", "miniworld")
+    names = {field.name for field in fields(MendRecipe)} | {field.name for field in fields(files)}
+    assert set(tomllib.loads(RECIPES.read_text())["published"]) == names
+
+
+def test_a_file_changes_the_shipped_recipe_and_single_values_change_the_file(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text('rank = 7\nlearning_rate = 1\nheld_out = ""\n')
+    recipe, files = recipe_of("miniworld-gpt2", file, {"rank": "9", "first_rate": "1e-5", "out": "12"})
+    shipped, _ = recipe_of("miniworld-gpt2")
+    assert recipe == replace(shipped, rank=9, first_rate=1e-5, learning_rate=1.0)
+    assert (files.data, files.held_out, files.out) == ("miniworld-facts", "", "12")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": "9"}, "a recipe has no ranks; it has n_last_layers, rank, .*data, texts"),
+        ({"rank": "nine"}, "rank must be int, not 'nine'"),
+        ({"rank": "0"}, "rank must be a whole number from 1 on, not 0"),
+        ({"rank": 1.5}, "rank must be int, not 1.5"),
+        ({"data": ""}, "give it a file of requests to train on"),
+    ],
+)
+def test_values_that_a_recipe_cannot_have(changes, message):
+    with pytest.raises((MethodError, RequestError), match=message):
+        recipe_of("miniworld-gpt2", changes=changes)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    (tmp_path / "own.toml").write_text("rank: 9")
+    for name in ("own.toml", "nowhere.toml"):
+        with pytest.raises(MethodError, match=f"{name} is no recipe"):
+            recipe_of("miniworld-gpt2", tmp_path / name)
+
+
 def test_training_from_files(tiny, many, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(mend_training, "PUBLISHED", SHORT)
     data, held_out, lines = tmp_path / "data.json", tmp_path / "held_out.json", tmp_path / "texts.txt"
     for path, some in ((data, many), (held_out, many[:2])):
-        fields = ("prompt", "subject", "target_new", "relation_id", "paraphrase_prompts")
-        path.write_text(json.dumps([{name: getattr(request, name) for name in fields} for request in some]))
+        names = ("prompt", "subject", "target_new", "relation_id", "paraphrase_prompts")
+        path.write_text(json.dumps([{name: getattr(request, name) for name in names} for request in some]))
     lines.write_text("\n".join(texts))
     seen = []
-    monkeypatch.setattr(mend_training, "train", lambda lm, requests, *rest: seen.append(requests) or train(
-        lm, requests, *rest, progress=False))  # fmt: skip
-    out = train_to_file(tiny, data, lines, held_out, changes={"n_steps": 2})
+    monkeypatch.setattr(training, "train", lambda lm, requests, *rest: seen.append(requests) or train(
+        lm, requests, *rest))  # fmt: skip
+    given = {"n_steps": 2, "data": str(data), "texts": str(lines), "held_out": str(held_out)}
+    out = train_to_file(tiny, *recipe_of(tiny.name, changes=CHANGES | given), progress=False)
     assert out == weights_path(tiny.name) and (out.parent / "mend_training_log.jsonl").is_file()
     assert [request.subject for request in seen[0]] == [request.subject for request in many[2:]]
     assert len(mend_each(tiny, many, setting())) == len(many)
 
 
-def test_the_command_wants_data_for_a_model_that_is_not_embedded(tiny, tmp_path, monkeypatch):
-    tiny.model.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """`command(*words)` runs train-mend on a saved tiny model."""
+    tiny.model.float().save_pretrained(tmp_path / "model")
     tiny.tokenizer.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", ["nbkit", "train-mend", "--model", str(tmp_path / "model"), "--device", "cpu"])
-    with pytest.raises(SystemExit, match="is no embedded model: give it a file of requests"):
+
+    def run(*words):
+        fixed = ["nbkit", "train-mend", "--model", str(tmp_path / "model"), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*fixed, *map(str, words)])
         main()
+
+    return run
+
+
+def test_the_command_wants_data_for_a_model_that_is_not_embedded(command):
+    with pytest.raises(SystemExit, match="give it a file of requests to train on .-p data FILE."):
+        command()
+
+
+def test_the_command_names_what_a_recipe_has(command):
+    with pytest.raises(SystemExit, match="a recipe has no steps; it has n_last_layers, .*n_steps"):
+        command("-p", "steps", "3")
+
+
+def test_the_command_takes_a_recipe_and_changes_of_it(command, many, tmp_path, capsys):
+    data, own, work = tmp_path / "data.json", tmp_path / "own.toml", tmp_path / "work"
+    out = tmp_path / "out" / "trained.safetensors"
+    names = ("prompt", "subject", "target_new", "relation_id")
+    data.write_text(json.dumps([{name: getattr(request, name) for name in names} for request in many]))
+    own.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in CHANGES.items()))
+    with pytest.raises(SystemExit) as end:
+        command("--recipe", own, "-p", "data", data, "-p", "n_steps=2", "-p", "out", out, "-p", "work", work)
+    assert end.value.code == 0 and capsys.readouterr().out.strip() == str(out) and out.is_file()
+    log = (out.parent / "mend_training_log.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [0, 2]
+    assert (work / "checkpoint.safetensors").is_file()

@@ -24,14 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from miniworld.corpus import lines
 from miniworld.world import World
-from nbkit.errors import ResultsError
+from nbkit.edits.checkpoints import Checkpoint
 
 LOG_EVERY = 100  # steps
 CHECKPOINT_EVERY = 500  # steps, a multiple of LOG_EVERY
@@ -172,56 +170,9 @@ def first_key_penalty(keys: Sequence[torch.Tensor], norm: float) -> torch.Tensor
     return torch.stack(penalties).mean()
 
 
-def save_checkpoint(
-    folder: Path, step: int, recipe: Recipe, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Writes beside the last checkpoint, then replaces it: a kill at any moment leaves one that is whole."""
-    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    partial = folder / "checkpoint.partial"
-    about = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=about)
-    partial.replace(folder / "checkpoint.safetensors")
-
-
-def load_checkpoint(
-    folder: Path, recipe: Recipe, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer
-) -> int:
-    """Restores weights and optimiser state in place and returns the number of steps done, 0 without a checkpoint.
-
-    ResultsError, before anything is changed, for a checkpoint that is damaged or of another recipe or vocabulary.
-    """
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ResultsError(f"{path} is damaged ({error}); delete it to train from the start") from error
-    stored_recipe = json.loads(about.get("recipe", "{}"))
-    changed = sorted(name for name, value in asdict(recipe).items() if stored_recipe.get(name) != value)
-    if changed:
-        raise ResultsError(
-            f"{path} is of another recipe ({', '.join(changed)} differ); delete it, or train in another folder"
-        )
-    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
-    wanted = {f"model.{name}": tuple(weight.shape) for name, weight in model.named_parameters()}
-    if stored != wanted:
-        unlike = sorted(name for name in stored | wanted if stored.get(name) != wanted.get(name))
-        raise ResultsError(f"{path} is of another model (see {unlike[0]}); delete it, or train in another folder")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            index, name = key.split(".", 2)[1:]
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(about["step"])
+def tensors_of(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a model."""
+    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
 
 
 def train(
@@ -232,7 +183,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, tokenizer).to(device)
     optimizer = build_optimizer(recipe, model)
-    done = load_checkpoint(folder, recipe, model, optimizer)
+    checkpoint, tensors = Checkpoint(folder / "checkpoint.safetensors", asdict(recipe)), tensors_of(model)
+    progress = checkpoint.load(tensors, optimizer)
+    done = 0 if progress is None else progress["step"]
     _forget_log_after(done, folder / "training_log.jsonl")
     shard, losses, started = None, [], time.perf_counter()
     steps = range(done, recipe.all_steps)
@@ -258,7 +211,7 @@ def train(
                 log.write(json.dumps(record) + "\n")
             bar.set_postfix(loss=f"{mean:.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.all_steps:
-            save_checkpoint(folder, step + 1, recipe, model, optimizer)
+            checkpoint.save(tensors, optimizer, {"step": step + 1})
     return model
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import nbkit
 from nbkit.edits.edit import Edit
 from nbkit.edits.editable import EditableModel
-from nbkit.edits.tensor_files import read_about, read_tensors, write_tensors
+from nbkit.edits.tensor_files import reading_tensors, write_tensors
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError, ResultsError
 from nbkit.records.requests import EditRequest
@@ -66,22 +66,17 @@ def load_edits(path: str | Path, lm: EditableModel | None) -> list[Edit]:
     edits.
     """
     path = Path(path)
-    content = read_about(path, "edits")
-    try:
+    with reading_tensors(path, "file of edits") as (tensors, content):
         about = content["nbkit"]
         if about["format"] != FORMAT:
             raise ResultsError(f"{path} was written by nbkit {about['nbkit']} in a format unknown here")
-        if lm is not None and about["base"] != lm.base_hash:
-            raise ModelError(
-                f"{path} holds edits of {about['model']} ({about['base'][:12]}), not of {lm.name} "
-                f"({lm.base_hash[:12]}): their weights, configurations or dtypes differ"
-            )
-        tensors = read_tensors(path, what="edits")
+        base, model = str(about["base"]), about["model"]
         edits = [_edit(record, tensors) for record in about["edits"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ResultsError(f"{path} is damaged, or no file of edits: {error!r}") from error
+    if lm is not None and base != lm.base_hash:
+        raise ModelError(
+            f"{path} holds edits of {model} ({base[:12]}), not of {lm.name} ({lm.base_hash[:12]}): "
+            "their weights, configurations or dtypes differ"
+        )
     if lm is None:
         return edits
     return [dataclasses.replace(e, deltas={n: d.to(lm.device) for n, d in e.deltas.items()}) for e in edits]

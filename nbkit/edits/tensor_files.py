@@ -1,14 +1,15 @@
 """Files of tensors with what is known about them: safetensors, whose metadata hold one JSON text a name.
 
-    write_tensors(path, {"second_moment": C}, {"checks": checks})
-    about = read_about(path)
-    tensors = read_tensors(path)
+    write_tensors(path, {"second_moment": C}, {"n_tokens": 100_000})
+    with reading_tensors(path, "second moment", "delete it to have it computed anew") as (tensors, about):
+        C, n_tokens = tensors["second_moment"], about["n_tokens"]
 
 Nothing in such a file is ever executed. Numbers keep every bit, NaN and infinity included.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nbkit.errors import ResultsError
-from nbkit.records.files import write_atomically
+from nbkit.records.files import replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Writes a file whole or not at all. about: what JSON can hold, by name.
 
-    ResultsError if it cannot be written; a file of that name then stays as it was.
+    Contiguous tensors on the CPU are written from where they are, others are copied there first. ResultsError if the
+    file cannot be written; one of that name then stays as it was.
     """
     own: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -34,32 +36,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         places.add(own[name].untyped_storage().data_ptr())
     metadata = {name: json.dumps(value) for name, value in about.items()}
     try:
-        write_atomically(path, lambda file: save_file(own, file.name, metadata))
+        with replacing(path) as temporary:
+            save_file(own, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise ResultsError(f"{path} cannot be written: {error}") from error
 
 
-def read_about(path: Path, what: str = "tensors", advice: str = "") -> dict[str, Any]:
-    """What a file says about its tensors, which are not read.
+@contextmanager
+def reading_tensors(path: Path, what: str, advice: str = "") -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The tensors of a file, on the CPU and mapped to it where they can be, and what it says about them.
 
-    ResultsError if there is none or it is damaged; the message says that it is no file of `what`, and ends in `advice`.
+    ResultsError if there is none or it is damaged. What the `with` does to make sense of the content is held to be
+    right, so an error of it means damage too. The message names the file, says that it is no `what`, and ends in
+    `advice`.
     """
-    return _read(path, what, advice, lambda file: {k: json.loads(text) for k, text in (file.metadata() or {}).items()})
-
-
-def read_tensors(
-    path: Path, names: Iterable[str] | None = None, what: str = "tensors", advice: str = ""
-) -> dict[str, Tensor]:
-    """The tensors of a file, all or those named, on the CPU, where they may be mapped to it. Errors as `read_about`."""
-    return _read(path, what, advice, lambda file: {name: file.get_tensor(name) for name in names or file.keys()})
-
-
-def _read(path: Path, what: str, advice: str, read: Callable[[safe_open], dict]) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return read(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        yield tensors, about
+    except ResultsError:
+        raise
     except FileNotFoundError as error:
         raise ResultsError(f"there is no file {path}") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
         advice = advice and f"; {advice}"
-        raise ResultsError(f"{path} is damaged, or no file of {what} ({error}){advice}") from error
+        raise ResultsError(f"{path} is damaged, or no {what} ({reason}){advice}") from error

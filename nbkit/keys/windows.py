@@ -7,7 +7,6 @@
 `windows(lm, texts, start=chunk[-1].next)` goes on behind a chunk.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -23,10 +22,9 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """At most a context's tokens of one text; the half of the corpus (0 or 1) that the text is in; what comes next."""
+    """At most a context's tokens of one text, and what comes next."""
 
     tokens: list[int]
-    half: int
     next: Place
 
 
@@ -46,26 +44,25 @@ def windows(
         for n_windows, at in enumerate(range(0, len(ids), lm.max_length), first + 1):
             at_end = at + lm.max_length >= len(ids)
             following = Place(index + 1) if at_end else Place(index, n_windows)
-            yield Window(ids[at : at + lm.max_length], _half(text), following)
+            yield Window(ids[at : at + lm.max_length], following)
         if n_left is not None:
             n_left -= len(ids)
             if n_left <= 0:
                 return
 
 
-def chunks(found: Iterable[Window], n_tokens: int, every: int | None = None, n_done: int = 0) -> Iterator[list[Window]]:
-    """Runs of windows that end with the one that reaches `n_tokens`, or the next multiple of `every` in the corpus.
+def chunks(corpus: Iterable[Window], n_tokens: int) -> Iterator[list[Window]]:
+    """Runs of windows, each ending with the one that reaches `n_tokens`; the last may have fewer.
 
-    n_done: how many tokens of the corpus come before the first window. So a corpus that is read on from where a chunk
-    ended falls into the same chunks as one that is read at once.
+    So a corpus that is read on from where a chunk ended falls into the same chunks as one that is read at once.
     """
     chunk, n_held = [], 0
-    for window in found:
+    for window in corpus:
         chunk.append(window)
         n_held += len(window.tokens)
-        if n_held >= n_tokens or (every and (n_done + n_held) // every > n_done // every):
+        if n_held >= n_tokens:
             yield chunk
-            chunk, n_held, n_done = [], 0, n_done + n_held
+            chunk, n_held = [], 0
     if chunk:
         yield chunk
 
@@ -80,8 +77,3 @@ def batches(chunk: Sequence[Window], room: int) -> Iterator[list[Window]]:
         n_rows = max(1, room // len(rows[first].tokens))
         yield rows[first : first + n_rows]
         first += n_rows
-
-
-def _half(text: str) -> int:
-    """By the text's content: all its windows, and its copies elsewhere in the corpus, are in one half."""
-    return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2

@@ -3,22 +3,31 @@
 import contextlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes `path` through `write(file)` so that no other process, nor this one after a power cut, sees half of it.
+    """Writes `path` through `write(file)`; errors as those of `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
-    The content goes to a hidden file beside it first, which then takes its name. Raises OSError, leaving `path` as it
-    was, if the folder is full or cannot be written.
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty hidden file beside `path`, to be filled or replaced in the `with`, which then takes its name.
+
+    So no other process, nor this one after a power cut, sees half of it. Raises OSError, leaving `path` as it was, if
+    the folder is full or cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # a library that puts a file of its own there may have made it private
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
