@@ -8,40 +8,18 @@
 No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
-from nbkit.plots.edits import loss_curve, template_similarity, top_tokens
-from nbkit.plots.keys import denominators, embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
-from nbkit.plots.methods import method_scores, perplexity_by_method
-from nbkit.plots.perplexity import collapse_share, perplexity_per_edit, perplexity_strips, risk_roc
-from nbkit.plots.sequences import sequential_curves
+from nbkit.plots.key_distributions import embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
+from nbkit.plots.one_edit import loss_curve, template_similarity, top_tokens
+from nbkit.plots.sequential_edits import sequential_curves
+from nbkit.plots.single_edits import (
+    collapse_share,
+    denominators,
+    method_scores,
+    perplexity_by_method,
+    perplexity_per_edit,
+    perplexity_strips,
+    risk_roc,
+)
 from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
 from nbkit.plots.surrogate import perplexity_vs_task, perplexity_vs_tasks
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
-
-__all__ = [
-    "COLUMN",
-    "TWO_COLUMNS",
-    "collapse_share",
-    "cost_growth",
-    "denominators",
-    "embedding_scatter",
-    "label_panels",
-    "loss_curve",
-    "method_scores",
-    "norm_histogram",
-    "paper_style",
-    "perplexity_by_method",
-    "perplexity_per_edit",
-    "perplexity_strips",
-    "perplexity_vs_task",
-    "perplexity_vs_tasks",
-    "risk_roc",
-    "save_figure",
-    "seconds_per_edit",
-    "sequential_curves",
-    "shared_legend",
-    "similarity_curves",
-    "similarity_histogram",
-    "template_similarity",
-    "time_shares",
-    "top_tokens",
-]

@@ -1,16 +1,19 @@
-"""What all figures share: sizes, fonts, colours of the groups, where values off the scale go, and how to save."""
+"""What all figures share: sizes, fonts, colours of the groups, legends, ticks, and how to save."""
 
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
+import pandas as pd
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.style import context
 from matplotlib.transforms import ScaledTranslation
 
 from nbkit import paths
@@ -19,10 +22,10 @@ from nbkit.records.files import write_atomically
 
 COLUMN = 3.4  # inches: the width of one column of a two-column paper
 TWO_COLUMNS = 7.0  # inches: the full text width
-CEILING = 1e6  # perplexities above it are drawn at the top edge, and the legend says so
 
 BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito: told apart by all eyes
 ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#666666"
+REFERENCE = {"color": GREY, "ls": "--", "lw": 0.8}  # a line to compare with: the unedited model, chance, a threshold
 
 # The same group has the same colour and marker in every figure; other names take the spare ones in turn.
 GROUP_STYLES = {
@@ -43,45 +46,16 @@ SPARE_STYLES = [(BLUE, "o"), (VERMILION, "D"), (GREEN, "s"), (PURPLE, "v"), (ORA
 
 
 def paper_style():
-    """The settings of the paper's figures, for a `with`: fonts of 7-8 points, no frame, fonts embedded as text."""
-    return mpl.rc_context(
-        {
-            "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same on every machine
-            "font.size": 8,
-            "axes.titlesize": 8,
-            "axes.labelsize": 8,
-            "xtick.labelsize": 7,
-            "ytick.labelsize": 7,
-            "legend.fontsize": 7,
-            "legend.title_fontsize": 7,
-            "legend.frameon": False,
-            "legend.handlelength": 1.4,
-            "legend.handletextpad": 0.5,
-            "legend.columnspacing": 1.2,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.linewidth": 0.6,
-            "xtick.major.width": 0.6,
-            "ytick.major.width": 0.6,
-            "lines.linewidth": 1.2,
-            "lines.markersize": 4,
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 150,
-            "savefig.dpi": 300,
-            "pdf.fonttype": 42,
-            "svg.hashsalt": "nbkit",
-        }
-    )
+    """The settings of the paper's figures (paper.mplstyle), for a `with`."""
+    return context(Path(__file__).with_name("paper.mplstyle"))
 
 
 def group_styles(names: Iterable) -> dict:
     """{group: (colour, marker)} of the groups that occur, known ones always alike."""
     names = list(dict.fromkeys(names))
     taken = {GROUP_STYLES[name][0] for name in names if name in GROUP_STYLES}
-    spare = [style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES
-    unknown = [name for name in names if name not in GROUP_STYLES]
-    extra = {name: spare[i % len(spare)] for i, name in enumerate(unknown)}
-    return {name: GROUP_STYLES.get(name) or extra[name] for name in names}
+    spare = itertools.cycle([style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES)
+    return {name: GROUP_STYLES.get(name) or next(spare) for name in names}
 
 
 def columns(frame, *names: str) -> None:
@@ -93,36 +67,21 @@ def columns(frame, *names: str) -> None:
         raise ValueError("the frame has no rows to draw")
 
 
-def edge_of(values, ceiling: float | None = CEILING) -> float:
-    """Where values off the scale are drawn: the ceiling, or well above the largest value if that lies lower."""
-    values = np.asarray(values, float)
-    finite = values[np.isfinite(values)]
-    highest = finite.max() if len(finite) else 1.0
-    return float(ceiling) if ceiling is not None and highest > ceiling else float(highest) * 3
+def group_handles(styles: dict, groups: pd.Series | None = None, alpha: float | None = None) -> list:
+    """Legend entries of groups: their markers, or patches whose filling has that `alpha`.
 
-
-def at_edge(values, edge: float) -> tuple[np.ndarray, np.ndarray]:
-    """The values with those above `edge`, infinite or NaN moved to it, and which those are."""
-    values = np.asarray(values, float)
-    over = ~(values <= edge)
-    return np.where(over, edge, values), over
-
-
-def edge_handle(n_over: int, n: int, edge: float, ceiling: float | None, marker: str = "^") -> Line2D:
-    """The legend entry that says how many of n values are drawn at the edge, and why."""
-    what = f"> {_power(edge)} or not finite" if edge == ceiling else "infinite or NaN"
-    return Line2D([], [], ls="none", marker=marker, mfc="none", mec=GREY, label=f"{what} ({n_over} of {n})")
-
-
-def mark_edge(ax: Axes, x, y, colour: str, marker: str = "^") -> None:
-    """Hollow triangles for values that are drawn at the edge."""
-    if len(x):  # an unclipped line without points would still take room in the layout
-        ax.plot(x, y, ls="none", marker=marker, mfc="none", mec=colour, ms=4.5, zorder=3, clip_on=False)
-
-
-def _power(value: float) -> str:
-    exponent = np.log10(value)
-    return f"$10^{{{exponent:.0f}}}$" if exponent == round(exponent) else f"{value:.3g}"
+    Args:
+        styles: {group: (colour, marker)}.
+        groups: the group of each row, where the entries are to say how many rows a group has.
+    """
+    handles = []
+    for name, (colour, marker) in styles.items():
+        label = str(name) if groups is None else f"{name} (n = {(groups == name).sum()})"
+        if alpha is None:
+            handles.append(Line2D([], [], ls="none", marker=marker, color=colour, mew=0, label=label))
+        else:
+            handles.append(Patch(fc=(colour, alpha), ec=colour, label=label))
+    return handles
 
 
 def log_axis(axis: Axis) -> None:
@@ -133,23 +92,34 @@ def log_axis(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = np.log10(axis.get_view_interval())
     if high - low >= 2:
-        axis.set_major_locator(LogLocator(numticks=7))
-        axis.set_major_formatter(LogFormatterMathtext())
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(ticker.LogLocator(numticks=7))
+        axis.set_major_formatter(ticker.LogFormatterMathtext())
+        axis.set_minor_formatter(ticker.NullFormatter())
         return
     narrow = axis.axis_name == "x" and axis.axes.bbox.width < 1.6 * axis.axes.figure.dpi  # no room for many numbers
     subs, n_ticks = ((1, 3), 3) if narrow else ((1, 2, 5), 5)
-    axis.set_major_locator(LogLocator(subs=subs) if high - low >= 0.6 else MaxNLocator(n_ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if high - low >= 0.6 else ticker.MaxNLocator(n_ticks))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
-def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> None:
+def integer_axis(axis: Axis) -> None:
+    """Numbers at whole values only: steps, edits, layers."""
+    axis.set_major_locator(ticker.MaxNLocator(integer=True))
+
+
+def percent_axis(axis: Axis) -> None:
+    """Shares between 0 and 1 as percentages."""
+    axis.set_major_formatter(ticker.PercentFormatter(xmax=1))
+
+
+def legend_above(ax: Axes, handles: list | None = None, ncols: int = 2, title_lines: int = 0) -> Axes:
     """A legend over the axes (and over its title of so many lines), where it hides no data."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     above = ax.transAxes + _lift(ax, title_lines)
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), bbox_transform=above, ncols=ncols,
-              borderaxespad=0.3)  # fmt: skip
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": above, "borderaxespad": 0.3}
+    ax.legend(handles=handles, ncols=ncols, **place)
+    return ax
 
 
 def _lift(ax: Axes, lines: int) -> ScaledTranslation:
@@ -189,15 +159,12 @@ def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None 
     Raises ResultsError if the folder is full or cannot be written; a file of an earlier run then stays whole.
     """
     folder = paths.FIGURES if folder is None else Path(folder)
-    no_dates = {
-        "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
-        "png": {"Software": None},
-    }
+    no_dates = {"pdf": ["CreationDate", "ModDate", "Creator", "Producer"], "png": ["Software"]}
     files = {folder / f"{name}.md": caption.strip().encode() + b"\n"}
     with paper_style():
-        for kind, metadata in no_dates.items():
+        for kind, fields in no_dates.items():
             drawn = io.BytesIO()
-            fig.savefig(drawn, format=kind, metadata=metadata)
+            fig.savefig(drawn, format=kind, metadata=dict.fromkeys(fields))
             files[folder / f"{name}.{kind}"] = drawn.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)

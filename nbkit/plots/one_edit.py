@@ -3,9 +3,20 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from nbkit.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, columns, legend_above
+from nbkit.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    REFERENCE,
+    SKY,
+    VERMILION,
+    columns,
+    integer_axis,
+    legend_above,
+)
 
 LOSS_PARTS = {"nll": "new target (NLL)", "kl": "essence (KL)", "weight_decay": "size of the change"}
 
@@ -18,24 +29,15 @@ def loss_curve(frame: pd.DataFrame, ax: Axes, threshold: float | None = 0.05) ->
         threshold: where the search stops early, as a dashed line; None for no line.
     """
     columns(frame, "step", *LOSS_PARTS)
-    ax.stackplot(
-        frame["step"],
-        *(frame[part] for part in LOSS_PARTS),
-        labels=LOSS_PARTS.values(),
-        colors=[BLUE, ORANGE, GREEN],
-        alpha=0.75,
-        lw=0,
-    )
-    ax.plot(frame["step"], frame[list(LOSS_PARTS)].sum(axis=1, skipna=False), color=BLACK, lw=1, label="total")
+    parts, look = frame[list(LOSS_PARTS)], {"colors": [BLUE, ORANGE, GREEN], "alpha": 0.75, "lw": 0}
+    ax.stackplot(frame["step"], parts.T, labels=LOSS_PARTS.values(), **look)
+    ax.plot(frame["step"], parts.sum(axis=1, skipna=False), color=BLACK, lw=1, label="total")
     if threshold is not None:
-        ax.axhline(threshold, color=GREY, ls="--", lw=0.8, label=f"stop below {threshold:g}")
-    ax.set_xlim(frame["step"].min(), frame["step"].max())
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("Optimisation step")
-    ax.set_ylabel("Loss of $v^*$ (nats)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(ax, ncols=2)
-    return ax
+        ax.axhline(threshold, label=f"stop below {threshold:g}", **REFERENCE)
+    ax.set(xlim=(frame["step"].min(), frame["step"].max()), ylim=(0, None))
+    ax.set(xlabel="Optimisation step", ylabel="Loss of $v^*$ (nats)")
+    integer_axis(ax.xaxis)
+    return legend_above(ax)
 
 
 def _plain_text(text: str, most: int = 30) -> str:
@@ -60,10 +62,8 @@ def top_tokens(frame: pd.DataFrame, ax: Axes, target: str | None = None) -> Axes
     for label, token in zip(ax.get_yticklabels(), frame["token"], strict=True):
         label.set_fontweight("bold" if token == target else "normal")
     ax.invert_yaxis()
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("Next-token probability")
-    legend_above(ax)
-    return ax
+    ax.set(xlim=(0, 1), xlabel="Next-token probability")
+    return legend_above(ax)
 
 
 def template_similarity(frame: pd.DataFrame, ax: Axes) -> Axes:
@@ -78,6 +78,5 @@ def template_similarity(frame: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(frame["similarity"], at, ls="none", marker="o", color=BLUE, ms=3.5)
     ax.set_yticks(at, [_plain_text(template) for template in frame["template"]])
     ax.invert_yaxis()
-    ax.set_xlim(min(0.0, float(frame["similarity"].min()) - 0.05), 1.03)
-    ax.set_xlabel("Cosine to the plain key")
+    ax.set(xlim=(min(0.0, float(frame["similarity"].min()) - 0.05), 1.03), xlabel="Cosine to the plain key")
     return ax

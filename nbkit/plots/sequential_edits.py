@@ -4,20 +4,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from nbkit.plots.style import (
-    CEILING,
-    GREY,
-    at_edge,
-    columns,
-    edge_handle,
-    edge_of,
-    group_styles,
-    legend_above,
-    log_axis,
-    mark_edge,
-)
+from nbkit.plots.points import CEILING, Edge
+from nbkit.plots.style import GREY, columns, group_styles, integer_axis, legend_above
 
 LABELS = {
     "perplexity": "Perplexity",
@@ -55,34 +44,24 @@ def sequential_curves(
     if y != "perplexity":
         frame = frame[frame["n_edits"] > 0]  # no edit, no success to measure
     (low, high), band_text = BANDS[band]
-    edge, n_over = np.inf, 0
-    if y == "perplexity":
-        edge = edge_of(frame[y], ceiling)
-        drawn, over = at_edge(frame[y], edge)
-        frame, n_over = frame.assign(**{y: drawn}), int(over.sum())
+    edge = Edge(frame[y], ceiling) if y == "perplexity" else None
+    if edge:
+        frame = frame.assign(**{y: edge.place(frame[y])[0]})
     handles = []
     for name, (colour, marker) in group_styles(frame[group]).items():
         of_group = frame[frame[group] == name]
         table = of_group.pivot(index="n_edits", columns="seed", values=y)  # NaN where a seed has no such row
-        middle = np.nanmedian(table, axis=1)
+        middle, n_seeds = np.nanmedian(table, axis=1), table.shape[1]
         ax.fill_between(table.index, *np.nanquantile(table, [low, high], axis=1), color=colour, alpha=0.2, lw=0)
-        few = marker if len(table) <= 12 else None
-        (line,) = ax.plot(table.index, middle, color=colour, marker=few, ms=3, mew=0)
-        line.set_label(f"{name} ({table.shape[1]} seed{'s' * (table.shape[1] > 1)})")
-        handles.append(line)
-        top = middle >= edge
-        mark_edge(ax, table.index[top], middle[top], colour)
+        look = {"color": colour, "marker": marker if len(table) <= 12 else None, "ms": 3, "mew": 0}
+        handles += ax.plot(table.index, middle, label=f"{name} ({n_seeds} seed{'s' * (n_seeds > 1)})", **look)
+        if edge:
+            edge.triangles(ax, table.index[middle >= edge.position], colour)
     handles.append(Line2D([], [], color=GREY, lw=5, alpha=0.3, label=f"median; band: {band_text}"))
-    if y == "perplexity":
-        ax.set_yscale("log")
-        if n_over:
-            ax.set_ylim(top=edge * 1.15)
-            handles.append(edge_handle(n_over, len(frame), edge, ceiling))
-        log_axis(ax.yaxis)
+    if edge:
+        handles += edge.finish(ax)
     else:
-        ax.set_ylim(-0.03, 1.03)
-    ax.set_xlabel("Number of edits")
-    ax.set_ylabel(LABELS.get(y, y))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_above(ax, handles)
-    return ax
+        ax.set(ylim=(-0.03, 1.03))
+    ax.set(xlabel="Number of edits", ylabel=LABELS.get(y, y))
+    integer_axis(ax.xaxis)
+    return legend_above(ax, handles)

@@ -1,0 +1,115 @@
+"""Where keys lie: their similarities and norms with and without prefixes, by position and layer, and in the plane."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MultipleLocator
+
+from nbkit.plots.style import GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
+
+
+def similarity_histogram(
+    frame: pd.DataFrame, ax: Axes, column: str = "similarity", group: str = "group", bins: int = 40
+) -> Axes:
+    """The share of keys per cosine similarity (to the prefixed key, say), one histogram per group.
+
+    Args:
+        frame: one row a key pair, `column` between -1 and 1, and `group`.
+        bins: over the range from -1 (from 0 if nothing is negative) to 1.
+    """
+    columns(frame, column, group)
+    styles = group_styles(frame[group])
+    lowest = -1.0 if (frame[column] < -1 / bins).any() else 0.0
+    edges = np.linspace(lowest, 1.0, bins + 1)
+    drawn = frame.assign(**{column: frame[column].clip(lowest, 1.0)})  # rounding can pass 1
+    palette = {name: colour for name, (colour, _) in styles.items()}
+    look = {"hue_order": list(styles), "palette": palette, "element": "step", "alpha": 0.3, "lw": 1, "legend": False}
+    sns.histplot(drawn, x=column, hue=group, bins=edges, stat="probability", common_norm=False, ax=ax, **look)
+    ax.xaxis.set_major_locator(MultipleLocator(0.25 if lowest == 0 else 0.5))
+    ax.set(xlim=(lowest, 1.0), xlabel="Cosine similarity of plain and prefixed key", ylabel="Share of keys")
+    return legend_above(ax, group_handles(styles, frame[group], alpha=0.3))
+
+
+def norm_histogram(
+    frame: pd.DataFrame, ax: Axes, column: str = "norm", group: str = "group", by: str = "prefix", bins: int = 40
+) -> Axes:
+    """The share of keys per norm (log): filled without prefix, outlined with one, coloured by group.
+
+    Args:
+        frame: one row a key: `column` (positive), `group`, and `by` with "plain" or "prefixed".
+    """
+    columns(frame, column, group, by)
+    kinds = list(dict.fromkeys(frame[by]))
+    if not set(kinds) <= {"plain", "prefixed"}:
+        raise ValueError(f"column {by} holds {', '.join(map(str, kinds))}: only 'plain' and 'prefixed' can be drawn")
+    styles, values = group_styles(frame[group]), frame[column].to_numpy(float)
+    edges = np.geomspace(values.min() * 0.98, values.max() * 1.02, bins + 1)
+    dashes = {"plain": "-", "prefixed": (0, (3, 1))}
+    for name, (colour, _) in styles.items():
+        for kind in kinds:
+            norms = frame.loc[(frame[group] == name) & (frame[by] == kind), column].to_numpy(float)
+            if not len(norms):
+                continue
+            look = {"fc": (colour, 0.35), "lw": 0.6} if kind == "plain" else {"fc": "none", "lw": 1.2}
+            share = np.full(len(norms), 1 / len(norms))
+            ax.hist(norms, edges, weights=share, histtype="stepfilled", ls=dashes[kind], ec=colour, **look)
+    handles = group_handles(styles, alpha=1)
+    for kind in kinds:
+        filling = (GREY, 0.35) if kind == "plain" else "none"
+        label = f"{kind} (n = {(frame[by] == kind).sum()})"
+        handles.append(Patch(fc=filling, ec=GREY, ls=dashes[kind], label=label))
+    log_axis(ax.xaxis)
+    ax.set(xlabel="Norm of the key", ylabel="Share of keys")
+    return legend_above(ax, handles)
+
+
+def embedding_scatter(
+    frame: pd.DataFrame, ax: Axes, method: str = "t-SNE", group: str = "group", vector: str = "vector"
+) -> Axes:
+    """Keys in the plane: colour is the group, marker the kind of vector.
+
+    Args:
+        frame: rows of `geometry.embed`: x, y, `group` and `vector` (such as "$k_u$").
+        method: names the axes ("t-SNE" has no units; for "PCA" give the variances with `ax.set_xlabel`).
+    """
+    columns(frame, "x", "y", group, vector)
+    styles, kinds = group_styles(frame[group]), list(dict.fromkeys(frame[vector]))
+    markers = dict(zip(kinds, "o^sDvP*", strict=False))
+    if len(markers) < len(kinds):
+        raise ValueError(f"at most 7 kinds of vectors can be told apart, the frame has {len(kinds)}")
+    for name, (colour, _) in styles.items():
+        for kind in kinds:
+            points = frame[(frame[group] == name) & (frame[vector] == kind)]
+            look = {"marker": markers[kind], "mfc": (colour, 0.35), "mec": colour, "mew": 0.5, "ms": 3.6}
+            ax.plot(points["x"], points["y"], ls="none", **look)
+    handles = group_handles(styles, alpha=0.5)
+    handles += [Line2D([], [], ls="none", marker=markers[k], mfc="none", mec=GREY, label=str(k)) for k in kinds]
+    ax.set(xlabel=f"{method} 1", ylabel=f"{method} 2")
+    if method.upper().startswith("T-SNE"):
+        ax.set(xticks=[], yticks=[])
+    return legend_above(ax, handles, ncols=3)
+
+
+def similarity_curves(
+    frame: pd.DataFrame, ax: Axes, x: str = "position", y: str = "similarity", group: str = "group"
+) -> Axes:
+    """Median similarity of keys against token position or layer, with the band of the middle half, by group.
+
+    Args:
+        frame: one row a key pair: `x` ("position", counted from 0, or "layer"), `y`, and `group`.
+    """
+    columns(frame, x, y, group)
+    handles = []
+    for name, (colour, marker) in group_styles(frame[group]).items():
+        table = frame[frame[group] == name].groupby(x)[y].quantile([0.25, 0.5, 0.75]).unstack()
+        ax.fill_between(table.index, table[0.25], table[0.75], color=colour, alpha=0.2, lw=0)
+        handles += ax.plot(table.index, table[0.5], color=colour, marker=marker, ms=3, mew=0, label=str(name))
+    handles.append(Patch(color=GREY, alpha=0.3, lw=0, label="middle half"))
+    ax.axhline(0, color=GREY, lw=0.5, zorder=0)
+    xlabel = {"position": "Token position (0 is the first)", "layer": "Layer"}.get(x, x)
+    ax.set(ylim=(min(-0.05, ax.get_ylim()[0]), 1.05), xlabel=xlabel, ylabel="Cosine similarity of keys")
+    integer_axis(ax.xaxis)
+    return legend_above(ax, handles, ncols=3)
