@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from nbkit.records.collapse import detection, outcomes, shares
 
@@ -53,3 +54,24 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
 def test_auc_of_one_outcome_only_is_nan():
     found = detection(risky([1.0, 2.0], [1.0, 1.0]), "risk")
     assert np.isnan(found.auc) and found.collapsed == 0 and not len(found.curve)
+
+
+def test_area_and_interval_are_those_of_a_plain_loop():
+    random = np.random.default_rng(0)
+    score = random.normal(size=80).round(1)  # with ties
+    broken = score + random.normal(size=80) > 0.8
+    found = detection(risky(score, np.where(broken, 100.0, 1.0)), "risk")
+    assert found.auc == pytest.approx(roc_auc_score(broken, score))
+    bad, good = score[broken], score[~broken]
+    labels = np.repeat([True, False], [len(bad), len(good)])
+    areas = [
+        roc_auc_score(labels, np.concatenate([random.choice(bad, len(bad)), random.choice(good, len(good))]))
+        for _ in range(500)
+    ]
+    assert [found.low, found.high] == pytest.approx(np.quantile(areas, [0.025, 0.975]), abs=0.02)
+
+
+@pytest.mark.parametrize("perplexities", [[100.0, 1, 1, 1, 1], [1.0, 100, 100, 100, 100]])
+def test_one_edit_of_an_outcome_is_enough_for_an_interval(perplexities):
+    found = detection(risky([3.0, 1.0, 2.0, 4.0, 5.0], perplexities), "risk")
+    assert found.auc == 0.5 and 0 <= found.low < 0.5 < found.high <= 1

@@ -16,7 +16,7 @@ from scipy import stats
 
 from nbkit import plots
 from nbkit.errors import ResultsError
-from nbkit.plots import style
+from nbkit.plots import points, style
 from nbkit.records import correlation
 from nbkit.records.collapse import detection
 
@@ -361,16 +361,6 @@ def test_rho_is_spearmans_over_the_edited_models_with_nan_as_the_worst(ax):
     assert row == {"task": "open_qa", **found._asdict()}
 
 
-def test_interval_holds_the_truth_about_as_often_as_it_says():
-    random, hits = np.random.default_rng(1), 0
-    true_rho = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's rho of a normal pair with correlation 0.6
-    for seed in range(60):
-        x, y = random.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=60).T
-        found = correlation.spearman(np.exp(x), y, seed=seed, n_resamples=300)
-        hits += found.low <= true_rho <= found.high
-    assert 50 <= hits <= 60
-
-
 @pytest.mark.parametrize(
     ("perplexity", "score", "n"),
     [([1, 2], [1, 2], 2), ([1, 1, 1], [1, 2, 3], 3), ([1, 2, 3], [5, 5, 5], 3), ([1, 2, 3], [1, np.nan, 3], 2)],
@@ -496,6 +486,42 @@ def test_growth_is_the_mean_over_requests_not_over_batches(ax):
     plots.cost_growth(frame, ax, y="peak_memory")
     (line,) = [line for line in ax.lines if line.get_label() == "highest so far"]
     assert line.get_ydata().tolist() == [2, 2] and ax.get_ylim()[0] == 0
+
+
+def test_the_papers_settings_hold_inside_the_with_only():
+    before = dict(mpl.rcParams)
+    with plots.paper_style():
+        assert mpl.rcParams["font.family"] == ["DejaVu Sans"] and mpl.rcParams["pdf.fonttype"] == 42
+        assert mpl.rcParams["savefig.dpi"] == 300 and not mpl.rcParams["axes.spines.top"]
+        assert mpl.rcParams["svg.hashsalt"] == "nbkit" and mpl.rcParams["figure.constrained_layout.use"]
+    assert dict(mpl.rcParams) == before
+
+
+def test_strips_stand_side_by_side_and_keep_their_place_where_a_group_is_missing():
+    places = [(pd.Series([1.0, 2.0, 3.0]), pd.Series(["a", "b", "a"])), (pd.Series([math.inf]), pd.Series(["b"]))]
+    styles = {"a": ("red", "o"), "b": ("blue", "s")}
+    drawn = list(points.strips(places, styles, width=0.4, spread=0.1))
+    assert [strip.middle for strip in drawn] == pytest.approx([-0.2, 0.2, 1.2])
+    assert [strip.values.tolist() for strip in drawn] == [[1, 3], [2], [math.inf]]
+    assert [strip.style for strip in drawn] == [styles["a"], styles["b"], styles["b"]]
+    assert all((abs(strip.places - strip.middle) <= 0.1).all() for strip in drawn)
+    again = points.strips(places, styles, width=0.4, spread=0.1)
+    assert all((one.places == other.places).all() for one, other in zip(drawn, again, strict=True))
+
+
+@pytest.mark.parametrize(("along", "marker"), [("x", ">"), ("y", "^")])
+def test_the_edge_is_at_the_end_of_the_axis_of_the_values(ax, along, marker):
+    edge = points.Edge(pd.Series([1.0, 2e6, math.nan, 5e5]), 1e6, along)
+    edge.points(ax, np.arange(4), edge.values, ("red", "o"))
+    (handle,) = edge.finish(ax)
+    assert edge.position == 1e6 and handle.get_label() == "> $10^{6}$ or not finite (2 of 4)"
+    shown, over = ([line.get_xdata(), line.get_ydata()] for line in ax.lines)
+    values, places = (0, 1) if along == "x" else (1, 0)
+    assert shown[values].tolist() == [1, 5e5] and shown[places].tolist() == [0, 3]
+    assert over[values].tolist() == [1e6, 1e6] and over[places].tolist() == [1, 2]
+    assert ax.lines[1].get_marker() == handle.get_marker() == marker
+    limits = ax.get_xlim() if along == "x" else ax.get_ylim()
+    assert limits[1] == pytest.approx(1.15e6)
 
 
 def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
