@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nbkit.edits.tensor_files import read_about, read_tensors, write_tensors
+from nbkit.edits.tensor_files import reading_tensors, write_tensors
 from nbkit.errors import ResultsError
 
 
@@ -21,13 +21,11 @@ def test_every_bit_and_everything_said_comes_back(tmp_path):
     }
     about = {"step": 3, "recipe": {"rank": 8, "name": "“x”"}, "limit": math.inf}
     write_tensors(tmp_path / "a.safetensors", tensors, about)
-    assert read_about(tmp_path / "a.safetensors") == about
-    back = read_tensors(tmp_path / "a.safetensors")
-    assert set(back) == set(tensors)
-    for name, tensor in tensors.items():
-        assert back[name].dtype == tensor.dtype
-        torch.testing.assert_close(back[name], tensor.contiguous(), rtol=0, atol=0, equal_nan=True)
-    assert list(read_tensors(tmp_path / "a.safetensors", ["one"])) == ["one"]
+    with reading_tensors(tmp_path / "a.safetensors", "test") as (back, said):
+        assert said == about and set(back) == set(tensors)
+        for name, tensor in tensors.items():
+            assert back[name].dtype == tensor.dtype
+            torch.testing.assert_close(back[name], tensor.contiguous(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -40,7 +38,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     monkeypatch.setattr("nbkit.records.files.os.fsync", full)
     with pytest.raises(ResultsError, match="a.safetensors cannot be written: .*No space left"):
         write_tensors(path, {"x": torch.zeros(2)}, {})
-    assert torch.equal(read_tensors(path)["x"], torch.ones(2))
+    with reading_tensors(path, "test") as (back, _):
+        assert torch.equal(back["x"], torch.ones(2))
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -48,14 +47,15 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 def test_damage_is_named_with_what_to_do(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    for read in (read_about, read_tensors):
-        with pytest.raises(ResultsError, match="a.safetensors is damaged, or no file of keys .*; delete it"):
-            read(path, what="keys", advice="delete it")
+    with pytest.raises(ResultsError, match="a.safetensors is damaged, or no file of keys .*; delete it"):
+        with reading_tensors(path, "file of keys", "delete it"):
+            pass
 
 
-def test_a_missing_file_and_a_missing_tensor(tmp_path):
-    with pytest.raises(ResultsError, match="there is no file"):
-        read_about(tmp_path / "b.safetensors")
+def test_a_missing_file_and_missing_content_are_named(tmp_path):
+    with pytest.raises(ResultsError, match="there is no file"), reading_tensors(tmp_path / "b.safetensors", "test"):
+        pass
     write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
-    with pytest.raises(ResultsError, match="a.safetensors is damaged"):
-        read_tensors(tmp_path / "a.safetensors", ["y"])
+    with pytest.raises(ResultsError, match="a.safetensors is damaged, or no test .*KeyError"):
+        with reading_tensors(tmp_path / "a.safetensors", "test") as (tensors, _):
+            tensors["y"]
