@@ -1,9 +1,9 @@
 """How much arithmetic an edit is, how fast the device can do such, and in which operations the time goes."""
 
 import dataclasses
+import gc
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -67,28 +67,25 @@ def time_by_operation(work: Workload, n: int = 8) -> pd.DataFrame:
         ("plain", work.some(0, 1), work.edit_plainly, few.edit_plainly),
         ("replay", work.some(0, n), work.edit, work.edit),
     ]
-    rows = []
+    rows, device = [], work.lm.device
     for path, requests, edit, profiled in tasks:
-        with Meter(work.lm.device) as meter:
+        with Meter(device) as alone:
             edit(requests)
-        for part, share in _shares(lambda: profiled(requests), work.lm.device).items():  # noqa: B023
-            seconds = share * meter.seconds / len(requests)
-            rows.append({"path": path, "n": len(requests), "part": part, "seconds_per_edit": seconds, "share": share})
+        with profile() as profiler, Meter(device) as observed:
+            profiled(requests)
+        spent = time_by_part(profiler.events(), on_gpu=device.type == "cuda")
+        spent["outside torch"] = observed.seconds - sum(spent.values())
+        del profiler
+        gc.collect()  # its events, by the hundred thousand, which every later collection would go through
+        for part, seconds in spent.items():
+            about = {"path": path, "n": len(requests), "part": part}
+            share = seconds / observed.seconds
+            rows.append({**about, "seconds_per_edit": share * alone.seconds / len(requests), "share": share})
     return pd.DataFrame(rows)
 
 
-def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """The share of each part in the time of a call."""
-    with profile() as profiler, Meter(device) as meter:
-        run()
-    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    seconds = time_by_part(profiler.events(), own_time)
-    shares = {part: spent * 1e-6 / meter.seconds for part, spent in seconds.items()}
-    return shares | {"outside torch": 1 - sum(shares.values())}
-
-
-def time_by_part(events: Sequence[FunctionEvent], own_time: str) -> dict[str, float]:
-    """The microseconds of each part: what every operation spends itself (its attribute `own_time`), not in others."""
+def time_by_part(events: Sequence[FunctionEvent], on_gpu: bool) -> dict[str, float]:
+    """The seconds of each part: what every operation spends itself, not in others that it calls."""
     spent = dict.fromkeys([*PARTS, OTHER], 0.0)
     outermost = [event for event in events if event.device_type == DeviceType.CPU and not event.cpu_parent]
     calls = [(event, OTHER) for event in outermost]
@@ -96,6 +93,6 @@ def time_by_part(events: Sequence[FunctionEvent], own_time: str) -> dict[str, fl
         event, part = calls.pop()
         if part == OTHER:
             part = next((name for name, names in PARTS.items() if re.fullmatch(names, event.name)), OTHER)
-        spent[part] += getattr(event, own_time)
+        spent[part] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6
         calls += [(called, part) for called in event.cpu_children]
     return spent

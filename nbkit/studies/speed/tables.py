@@ -16,12 +16,10 @@ def ratios(frame: pd.DataFrame) -> pd.DataFrame:
     Compared are the measurements of the same repeat. Columns: repeats, seconds_per_item (median), ratio (median), low
     and high (least and largest).
     """
+    same = [*SETTING, "against", "repeat"]
     frame = frame.assign(against=frame["what"].replace(AGAINST))
-    baseline = frame[frame["path"] == "plain"].set_index([*SETTING, "what", "repeat"])["seconds_per_item"]
-    baseline.index.names = [*SETTING, "against", "repeat"]
-    others = frame[frame["path"] != "plain"].join(
-        baseline.rename("plain_seconds"), on=[*SETTING, "against", "repeat"], how="inner"
-    )
+    plain = frame[frame["path"] == "plain"].set_index([*SETTING, "what", "repeat"])["seconds_per_item"]
+    others = frame[frame["path"] != "plain"].join(plain.rename_axis(same).rename("plain_seconds"), on=same, how="inner")
     others["ratio"] = others["plain_seconds"] / others["seconds_per_item"]
     by = others.groupby([*SETTING, "what", "path", "n"], sort=False)
     return by.agg(

@@ -37,17 +37,18 @@ def editing(work: Workload, sizes: Sequence[int] = (1, 8, 64), repeats: int = 3,
 
 
 def _edited(work: Workload, path: str, n: int, repeat: int, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-    edit, evaluate = (work.edit_plainly, work.evaluate_plainly) if path == "plain" else (work.edit, work.evaluate)
+    plainly = path == "plain"
+    edit_some, evaluate = (work.edit_plainly, work.evaluate_plainly) if plainly else (work.edit, work.evaluate)
     of_edit, of_rest, n_steps = Meter(work.lm.device), Meter(work.lm.device), []
     with whole_passes(work.lm) if path == "whole passes" else nullcontext():
         for start in range(0, len(requests), n):
             some = requests[start : start + n]
             with of_edit:
-                edits = edit(some)
+                edits = edit_some(some)
             if work.texts:
                 with of_rest:
                     evaluate(some, edits)
-            n_steps += [len(edit.info["losses"]) for edit in edits]
+            n_steps += [len(made.info["losses"]) for made in edits]
     about = {"n": n, "repeat": repeat, "items": len(requests), "n_steps": float(np.mean(n_steps))}
     rows = [_row(work.lm, "edit", path, [of_edit], **about)]
     if work.texts:
