@@ -23,10 +23,7 @@ SHORT = {"layer": LAYER, "v_num_grad_steps": 5, "v_lr": 0.1}
 
 
 def reference(lm, request, contexts, **options):
-    return plain_rome.rome(
-        lm.model, lm.tokenizer, lm.projection(LAYER), request.prompt, request.subject, request.target_new, contexts,
-        lr=SHORT["v_lr"], steps=SHORT["v_num_grad_steps"], **options,
-    )  # fmt: skip
+    return plain_rome.rome(lm, request, LAYER, contexts, lr=SHORT["v_lr"], steps=SHORT["v_num_grad_steps"], **options)
 
 
 def relative_error(found, expected) -> float:

@@ -3,6 +3,8 @@
     lm = random_model("gpt2-xl", precision="bfloat16")
 """
 
+import gc
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
 from nbkit.errors import ModelError
@@ -64,49 +66,45 @@ def random_model(shape: str, device: str = "auto", precision: str = "float32", s
 
     ModelError for an unknown shape or precision, and for one whose weights the device has no room for.
     """
-    device = device_named(device)
-    dtype = _check_shape(shape, precision, device)
-    row = SHAPES[shape]
+    gc.collect()  # an earlier model that nobody holds but itself would take the room of this one
+    check_shapes([shape], [precision], device)
+    device = _device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(row.config(**row.sizes), dtype=dtype)
+        model = _model(shape, dtype=PRECISIONS[precision][0])
     tokenizer = AutoTokenizer.from_pretrained(paths.DATA / "models" / TOKENIZER)
     return LanguageModel.wrap(model, tokenizer, shape)
 
 
 def check_shapes(shapes: Sequence[str], precisions: Sequence[str], device: str = "auto") -> None:
     """ModelError for the first that is unknown or too large, before hours are spent on the others."""
-    for shape in shapes:
-        for precision in precisions:
-            _check_shape(shape, precision, device_named(device))
+    place = _device(device)
+    free = free_memory(place)
+    for shape, precision in itertools.product(shapes, precisions):
+        if shape not in SHAPES:
+            raise ModelError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        if precision not in PRECISIONS:
+            raise ModelError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        needed = n_parameters(shape) * PRECISIONS[precision][0].itemsize
+        if needed > 0.8 * free:
+            raise ModelError(
+                f"{shape} in {precision} takes {needed / 2**30:.1f} GiB for its weights alone, and {place} has "
+                f"{free / 2**30:.1f} GiB free: leave it out, or choose bfloat16"
+            )
 
 
 def n_parameters(shape: str) -> int:
     """How many numbers a model of the shape holds."""
-    row = SHAPES[shape]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(row.config(**row.sizes))
-    return sum(parameter.numel() for parameter in model.parameters())
+        return _model(shape).num_parameters()
 
 
-def device_named(name: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU, else the CPU."""
+def _model(shape: str, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(SHAPES[shape].config(**SHAPES[shape].sizes), **options)
+
+
+def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _check_shape(shape: str, precision: str, device: torch.device) -> torch.dtype:
-    if shape not in SHAPES:
-        raise ModelError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    if precision not in PRECISIONS:
-        raise ModelError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    dtype, _ = PRECISIONS[precision]
-    needed, free = n_parameters(shape) * dtype.itemsize, free_memory(device)
-    if needed > 0.8 * free:
-        raise ModelError(
-            f"{shape} in {precision} takes {needed / 2**30:.1f} GiB for its weights alone, and {device} has "
-            f"{free / 2**30:.1f} GiB free: leave it out, or choose bfloat16"
-        )
-    return dtype
 
 
 @contextmanager

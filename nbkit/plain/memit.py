@@ -9,7 +9,7 @@ Slow and plain on purpose: it is what nbkit.methods.memit is compared to.
 
 import torch
 
-from nbkit.plain.rome import run, search, tokenized
+from nbkit.plain.rome import SearchOptions, run, search, tokenized
 
 
 def memit(lm, requests, layers, contexts, update, **options) -> dict[int, torch.Tensor]:
@@ -20,8 +20,8 @@ def memit(lm, requests, layers, contexts, update, **options) -> dict[int, torch.
     z = []
     for texts, ends, target_ids in told:
         z_init = run(model, last, texts[0])[2][ends[0] - 1]
-        z.append(search(model, last, texts, ends, target_ids, z_init, **options)[0])
-    z, found = torch.stack(z, 1), {}
+        z.append(search(model, last, texts, ends, target_ids, z_init, SearchOptions(**options))[0])
+    z, updates = torch.stack(z, 1), {}
     before = {layer: lm.weight(layer).clone() for layer in layers}
     for place, layer in enumerate(layers):
         K, now = [], []
@@ -30,11 +30,11 @@ def memit(lm, requests, layers, contexts, update, **options) -> dict[int, torch.
             K.append((k[0] + torch.stack(k[1:]).mean(0)) / 2)
             now.append(run(model, last, texts[0])[2][ends[0] - 1])
         residual = (z - torch.stack(now, 1)) / (len(layers) - place)
-        found[layer] = update(torch.stack(K, 1), residual, layer)
-        lm.weight(layer).data += found[layer].T if lm.architecture.transposed else found[layer]
+        updates[layer] = update(torch.stack(K, 1), residual, layer)
+        lm.weight(layer).data += updates[layer].T if lm.architecture.transposed else updates[layer]
     for layer, weight in before.items():
         lm.weight(layer).data.copy_(weight)
-    return found
+    return updates
 
 
 def memit_update(K, R, C, weight, K_p=None):

@@ -5,7 +5,8 @@
     efficacy = nll(prompt, new) < nll(prompt, true); paraphrase the same on paraphrases, as a share
     neighborhood = share of neighbours with nll(neighbour, its answer) < nll(neighbour, new)
 
-Slow and plain on purpose: it is what nbkit.metrics is compared to. A request has the fields of `nbkit.EditRequest`.
+Slow and plain on purpose: it is what nbkit.studies.metrics is compared to. A request has the fields of
+`nbkit.EditRequest`.
 """
 
 import math
@@ -40,7 +41,7 @@ def edit_metrics(model, tokenizer, request, reference: list[list[int]]) -> dict[
     pairs = list(zip(request.neighborhood_prompts, request.neighborhood_targets, strict=True))
     neighbors = [continuation(model, tokenizer, prompt, answer) for prompt, answer in pairs]
     neighbors_new = [continuation(model, tokenizer, prompt, new) for prompt, _ in pairs]
-    found = {
+    measured = {
         "efficacy_argmax": float(plain["correct"]),
         "target_probability": plain["probability"],
         "paraphrase_argmax": mean(part["correct"] for part in paraphrases),
@@ -56,10 +57,10 @@ def edit_metrics(model, tokenizer, request, reference: list[list[int]]) -> dict[
         "paraphrase": math.nan,
     }
     if true is not None:
-        found["efficacy"] = float(plain["nll"] < continuation(model, tokenizer, request.text, true)["nll"])
+        measured["efficacy"] = float(plain["nll"] < continuation(model, tokenizer, request.text, true)["nll"])
         on_true = [continuation(model, tokenizer, prompt, true) for prompt in request.paraphrase_prompts]
-        found["paraphrase"] = mean(a["nll"] < b["nll"] for a, b in zip(paraphrases, on_true, strict=True))
-    return found
+        measured["paraphrase"] = mean(a["nll"] < b["nll"] for a, b in zip(paraphrases, on_true, strict=True))
+    return measured
 
 
 def continuation(model, tokenizer, prompt: str, target: str) -> dict:

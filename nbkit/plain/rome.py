@@ -7,34 +7,34 @@
 Slow and plain on purpose: it is what nbkit.methods.rome is compared to.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 
-def rome(
-    model,
-    tokenizer,
-    projection,
-    prompt: str,
-    subject: str,
-    target: str,
-    contexts: list[str],
-    key_mode: str = "mixed",
-    C: torch.Tensor | None = None,
-    lr: float = 0.5,
-    steps: int = 20,
-    weight_decay: float = 0.5,
-    clamp: float = 4.0,
-    kl_factor: float = 0.0625,
-    early_stop: float = 0.05,
-) -> dict:
-    """ΔW (d_out, d_in) of `projection.weight`, with v_star, k, u, numerator, denominator and losses on the way."""
-    texts, ends, target_ids = tokenized(tokenizer, prompt, subject, target, contexts)
+@dataclass(frozen=True)
+class SearchOptions:
+    """Of the search for v*, the published ones unless given."""
+
+    lr: float = 0.5
+    steps: int = 20
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    kl_factor: float = 0.0625
+    early_stop: float = 0.05
+
+
+def rome(lm, request, layer, contexts, key_mode: str = "mixed", C: torch.Tensor | None = None, **options) -> dict:
+    """ΔW (d_out, d_in) of the layer's projection, with v_star, k, u, numerator, denominator and losses on the way.
+
+    options: of the search.
+    """
+    model, projection = lm.model, lm.projection(layer)
+    texts, ends, target_ids = tokenized(lm.tokenizer, request.prompt, request.subject, request.target_new, contexts)
     pairs = [run(model, projection, ids)[1:] for ids in texts[:-1]]
     keys = torch.stack([key[end - 1] for (key, _), end in zip(pairs, ends[:-1], strict=True)])
     values = torch.stack([value[end - 1] for (_, value), end in zip(pairs, ends[:-1], strict=True)])
-    v_star, losses = search(
-        model, projection, texts, ends, target_ids, values[0], lr, steps, weight_decay, clamp, kl_factor, early_stop
-    )
+    v_star, losses = search(model, projection, texts, ends, target_ids, values[0], SearchOptions(**options))
 
     k_direction = keys[0] if key_mode == "plain" else keys.mean(0)
     k = keys.mean(0) if key_mode == "prefixed" else keys[0]
@@ -65,14 +65,14 @@ def tokenized(tokenizer, prompt: str, subject: str, target: str, contexts: list[
 
 
 def search(
-    model, module, texts, ends, target_ids, v_init, lr, steps, weight_decay, clamp, kl_factor, early_stop
+    model, module, texts, ends, target_ids, v_init, options: SearchOptions
 ) -> tuple[torch.Tensor, list[list[float]]]:
     """v_init + δ, δ added to what `module` says at each text's subject, and the losses on the way."""
     n_contexts = len(texts) - 1
     delta = torch.zeros_like(v_init, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=lr)
+    adam = torch.optim.Adam([delta], lr=options.lr)
     losses, p0 = [], None
-    for step in range(steps):
+    for step in range(options.steps):
         nll = 0
         for ids, end in zip(texts[:-1], ends[:-1], strict=True):
             logits, _, _ = run(model, module, ids + target_ids[:-1], delta, end - 1)
@@ -82,18 +82,18 @@ def search(
         logits, _, _ = run(model, module, texts[-1], delta, ends[-1] - 1)
         p = logits[ends[-1] - 1].log_softmax(-1)
         p0 = p.detach() if p0 is None else p0
-        kl = kl_factor * (p.exp() * (p - p0)).sum()
-        decay = weight_decay * delta.norm() / v_init.norm() ** 2
+        kl = options.kl_factor * (p.exp() * (p - p0)).sum()
+        decay = options.weight_decay * delta.norm() / v_init.norm() ** 2
         loss = nll + kl + decay
         losses.append([part.item() for part in (loss, nll, kl, decay)])
-        if loss < early_stop or step == steps - 1:
+        if loss < options.early_stop or step == options.steps - 1:
             break
         adam.zero_grad()
         loss.backward()
         adam.step()
         with torch.no_grad():
-            if delta.norm() > clamp * v_init.norm():
-                delta.mul_(clamp * v_init.norm() / delta.norm())
+            if delta.norm() > options.clamp * v_init.norm():
+                delta.mul_(options.clamp * v_init.norm() / delta.norm())
     return v_init + delta.detach(), losses
 
 

@@ -1,10 +1,9 @@
 """How long edits take: by how many are computed together, by where the time goes, and as their number grows."""
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from nbkit.plots.style import (
     BLACK,
@@ -36,7 +35,7 @@ def seconds_per_edit(frame: pd.DataFrame, ax: Axes, what: str = "edit") -> Axes:
     times faster than the plain loop the last point is stands beside it.
 
     Args:
-        frame: rows of `throughput.editing`: what, path, model, n, seconds_per_item.
+        frame: rows of `speed.editing`: what, path, model, n, seconds_per_item.
         what: "edit" or "edit and evaluate".
     """
     columns(frame, "what", "path", "model", "n", "seconds_per_item")
@@ -75,24 +74,21 @@ def time_shares(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Where an edit's time goes, one stacked bar a path, with its seconds per edit beside its name.
 
     Args:
-        frame: rows of `throughput.time_shares`: path, n, part, seconds_per_edit, share (0 to 1).
+        frame: rows of `speed.time_by_operation`: path, n, part, seconds_per_edit, share (0 to 1).
     """
     columns(frame, "path", "n", "part", "seconds_per_edit", "share")
-    bars, parts = list(frame.groupby(["path", "n"], sort=False)), list(dict.fromkeys(frame["part"]))
-    if len(parts) > len(PART_COLOURS):
-        raise ValueError(f"at most {len(PART_COLOURS)} parts can be told apart, the frame has {len(parts)}")
-    shares = np.array([group.set_index("part")["share"].reindex(parts, fill_value=0.0) for _, group in bars])
-    starts = np.cumsum(shares, axis=1) - shares
-    for i, (part, colour) in enumerate(zip(parts, PART_COLOURS, strict=False)):
-        ax.barh(range(len(bars)), shares[:, i], left=starts[:, i], height=0.6, color=colour, label=part, lw=0)
-    totals = [group["seconds_per_edit"].sum() for _, group in bars]
-    names = [
-        f"{path}\n({n} edit{'s' * (n > 1)})\n{total:.2g} s" for ((path, n), _), total in zip(bars, totals, strict=True)
-    ]
-    ax.set_yticks(range(len(bars)), names)
+    shares = frame.pivot_table(index=["path", "n"], columns="part", values="share", sort=False, fill_value=0.0)
+    if len(shares.columns) > len(PART_COLOURS):
+        raise ValueError(f"at most {len(PART_COLOURS)} parts can be told apart, the frame has {len(shares.columns)}")
+    starts = shares.cumsum(axis=1) - shares
+    for part, colour in zip(shares, PART_COLOURS, strict=False):
+        ax.barh(range(len(shares)), shares[part], left=starts[part], height=0.6, color=colour, label=part, lw=0)
+    totals = frame.groupby(["path", "n"], sort=False)["seconds_per_edit"].sum()
+    names = [f"{path}\n({n} edit{'s' * (n > 1)})\n{total:.2g} s" for (path, n), total in totals.items()]
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    ax.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     ax.set_xlabel("Share of the time of an edit")
     legend_above(ax, ncols=3)
     return ax
@@ -102,7 +98,7 @@ def cost_growth(frame: pd.DataFrame, ax: Axes, y: str = "seconds_per_item") -> A
     """What a request costs as their number grows: a dot per batch, and a line for all so far (mean time, most memory).
 
     Args:
-        frame: rows of `throughput.growth`: n (requests done), items (of them in the batch), and `y`.
+        frame: rows of `speed.growth`: n (requests done), items (of them in the batch), and `y`.
         y: "seconds_per_item" or "peak_memory" (bytes).
     """
     columns(frame, "n", "items", y)
