@@ -11,6 +11,7 @@ from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError
 from nbkit.models import edited
 from nbkit.models.edited import edited_logits
+from nbkit.models.rows import AskedRows
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
 
@@ -152,13 +153,13 @@ def test_rows_are_asked_of_the_edit_they_name(tiny):
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_batches_do_not_matter(tiny, texts, batch_size):
     rows = [tiny.tokenizer(text).input_ids for text in texts]
-    kept = [range(1, len(row)) for row in rows]
+    asked = AskedRows(rows, wanted=[range(1, len(row)) for row in rows])
     edits = edits_of_all_kinds(tiny)
 
     def logits(**options):
         found = {}
-        for pairs, values in edited_logits(tiny, edits, rows, kept, [range(len(rows))] * len(edits), **options):
-            found |= zip(pairs, values.split([len(kept[row]) for _, row in pairs]), strict=True)
+        for pairs, values in edited_logits(tiny, edits, asked, [range(len(rows))] * len(edits), **options):
+            found |= zip(pairs, values.split([len(asked.wanted[row]) for _, row in pairs]), strict=True)
         return found
 
     found, expected = logits(batch_size=batch_size), logits()

@@ -67,7 +67,7 @@ def named_neurons(edit) -> list[tuple[int, int]]:
 def test_attributions_equal_a_plain_loop(lm, requests, tolerance, whole, monkeypatch):
     if whole:
         lm.replayable = False
-        monkeypatch.setattr(knowledge_neurons, "Replay", None)
+        monkeypatch.setattr("nbkit.models.replay.Replay", None)
     rows = [lm.tokenizer(request.text).input_ids for request in requests] + [[7]]  # one of a single token
     tokens = [ids(lm, "Krela")[0], ids(lm, "harp")[0], ids(lm, "French")[0], 9]
     for n_steps in (1, 4):

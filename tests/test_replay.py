@@ -8,8 +8,10 @@ import torch
 from nbkit.keys.extract import in_contexts
 from nbkit.methods.verbs import edit
 from nbkit.models import replay
+from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import find_subjects
-from nbkit.models.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.models.replay import Replay, WholePasses, can_replay
+from nbkit.models.rows import EditedRows
 from nbkit.records.requests import EditRequest
 
 FAST = {"layer": 1, "v_num_grad_steps": 4, "v_lr": 0.1, "progress": False}
@@ -22,17 +24,17 @@ MANY = [
 ]
 
 
-def arguments(lm, requests, contexts):
-    """What Replay and WholePasses take for these requests, and the number of each row's template."""
+def rows_of(lm, requests, contexts) -> EditedRows:
+    """These requests' rows behind every template, with all logits wanted from the subject's last token on."""
     rows, indices, edits, templates = [], [], [], []
     for number, request in enumerate(requests):
-        found = find_subjects(lm, in_contexts(request, contexts), [request.subject] * len(contexts))
-        rows += found[0]
-        indices += found[1]
+        tokens, subject_ends = find_subjects(lm, in_contexts(request, contexts), [request.subject] * len(contexts))
+        rows += tokens
+        indices += subject_ends
         edits += [number] * len(contexts)
         templates += range(len(contexts))
     wanted = [range(index, len(row)) for row, index in zip(rows, indices, strict=True)]
-    return (rows, indices, wanted, edits), templates
+    return EditedRows(rows, indices, templates, wanted, edits)
 
 
 def gradient(passes, deltas):
@@ -43,8 +45,8 @@ def gradient(passes, deltas):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_logits_keys_and_gradients_are_those_of_whole_passes(lm, contexts, tolerance, layer):
-    given, templates = arguments(lm, MANY, contexts)
-    plain, short = WholePasses(lm, layer, *given), Replay(lm, layer, *given, templates, Prefixes(lm, contexts))
+    rows = rows_of(lm, MANY, contexts)
+    plain, short = WholePasses(lm, layer, rows), Replay(lm, layer, rows, Prefixes.of_templates(lm, contexts))
 
     def same(found, expected):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1, expected.abs().max()))
@@ -91,10 +93,10 @@ def test_with_and_without_bos_and_prefixes(make_lm, contexts, bos, without_prefi
     if bos:
         lm.tokenizer = make_lm("llama").tokenizer
     contexts = ["{}"] if without_prefixes else contexts
-    given, templates = arguments(lm, MANY, contexts)
+    rows = rows_of(lm, MANY, contexts)
     deltas = torch.randn(len(MANY), lm.d_model, dtype=lm.dtype)
-    expected = WholePasses(lm, 1, *given).logits(deltas)
-    found = Replay(lm, 1, *given, templates, Prefixes(lm, contexts)).logits(deltas)
+    expected = WholePasses(lm, 1, rows).logits(deltas)
+    found = Replay(lm, 1, rows, Prefixes.of_templates(lm, contexts)).logits(deltas)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -112,7 +114,7 @@ def test_finished_edits_leave_the_batch_and_the_others_go_on(tiny, contexts):
 
 
 def test_prefixes_share_what_a_row_begins_with(tiny):
-    prefixes = Prefixes.of_rows(tiny, [[], [5, 6, 7]])
+    prefixes = Prefixes(tiny, [[], [5, 6, 7]])
     assert prefixes.shared(0, [5, 6]) == 0
     assert prefixes.shared(1, [5, 6]) == 2 and prefixes.shared(1, [5, 9, 7]) == 1
     assert prefixes.shared(1, [5, 6, 7, 8]) == 3

@@ -102,7 +102,7 @@ def test_whole_passes_do_the_same_and_end_with_the_with(work, monkeypatch):
     requests = work.some(0, 2)
     expected = work.edit(requests)
     read = []
-    monkeypatch.setattr(values, "Replay", lambda *_, **__: read.append("replay"))
+    monkeypatch.setattr("nbkit.models.replay.Replay", lambda *_, **__: read.append("replay"))
     with speed.whole_passes(work.lm):
         found = work.edit(requests)
         perplexities, _ = work.evaluate(requests, found)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from nbkit.models.blocks import projection_pass
+from nbkit.models.blocks import Wanted
+from nbkit.models.calls import projection_pass
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import Footprint, budget, in_batches
+from nbkit.models.memory import Footprint, budget, by_cost
+from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import Padding, check_templates, find_subjects, named, pad, tokenize
-from nbkit.models.replay import FirstPass, Prefixes, can_replay
+from nbkit.models.replay import can_replay
+from nbkit.models.rows import EditedRows
 from nbkit.records.requests import EditRequest
 
 REQUESTS_AT_ONCE = 512  # on a GPU: more does not make it faster
@@ -73,10 +75,10 @@ def keys(
     """
     templates = check_templates(context_templates)
     dtype = torch.promote_types(lm.dtype, torch.float32)
-    found = torch.empty(len(requests), len(templates), lm.d_mlp, dtype=dtype, device=lm.device)
+    all_keys = torch.empty(len(requests), len(templates), lm.d_mlp, dtype=dtype, device=lm.device)
     for places, batch in keys_in_contexts(lm, requests, layer, templates, progress):
-        found[places] = batch.keys
-    return found
+        all_keys[places] = batch.keys
+    return all_keys
 
 
 def keys_in_contexts(
@@ -93,39 +95,32 @@ def keys_in_contexts(
     """
     templates = check_templates(context_templates)
     lm.check_layer(layer)
-    prefixes = Prefixes(lm, templates) if can_replay(lm) else None
-    prompts = [in_contexts(request, templates) for request in requests]
+    prefixes = Prefixes.of_templates(lm, templates) if can_replay(lm) else None
     longest = max((len(request.text) for request in requests), default=0)  # in characters: at least so many tokens
     row = Footprint(min(longest + 1, lm.max_length), 0, 1, 0, backward=False)
     size = min(budget(lm.device) // (len(templates) * row.bytes(lm)), REQUESTS_AT_ONCE)
 
     @torch.no_grad()
-    def compute(places: Sequence[int]) -> tuple[list[int], KeyPass]:
+    def compute(places: Sequence[int]) -> KeyPass:
         rows, indices = [], []
-        for place in places:
-            with named(requests[place]):
-                found = find_subjects(lm, prompts[place], [requests[place].subject] * len(templates))
-            rows += found[0]
-            indices += found[1]
+        for request in (requests[place] for place in places):
+            with named(request):
+                of_request = find_subjects(lm, in_contexts(request, templates), [request.subject] * len(templates))
+            rows += of_request[0]
+            indices += of_request[1]
         if prefixes is None:
-            found = _whole_pass(lm, rows, indices, layer)
+            both = _whole_pass(lm, rows, indices, layer)
         else:
             # What follows the subject does not reach its key.
             rows = [row[: index + 1] for row, index in zip(rows, indices, strict=True)]
-            of_template = list(range(len(templates))) * len(places)
-            found = FirstPass(lm, layer, rows, indices, of_template, prefixes, only_keys=True)
-        shape = len(places), len(templates)
-        batch = KeyPass(widened(found.keys).unflatten(0, shape), widened(found.values).unflatten(0, shape))
-        return list(places), batch
+            of_keys = EditedRows(rows, indices, templates=[*range(len(templates))] * len(places))
+            part, at, hidden = prefixes.read_on(of_keys, range(layer))
+            both = Wanted(part, at).watched(layer, hidden)
+        shape = len(places), len(templates), -1
+        return KeyPass(widened(both.keys).reshape(shape), widened(both.values).reshape(shape))
 
-    def until_key(place: int) -> int:
-        return len(requests[place].prompt.split("{}")[0]) + len(requests[place].subject)  # characters
-
-    order = sorted(range(len(requests)), key=until_key)
-    with tqdm(total=len(requests), desc="keys", unit="request", disable=not progress) as bar:
-        for places, batch in in_batches(order, size, compute):
-            bar.update(len(places))
-            yield places, batch
+    until_key = [len(request.prompt.split("{}")[0]) + len(request.subject) for request in requests]  # characters
+    yield from by_cost(until_key, size, compute, "keys", "request", progress)
 
 
 def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:
@@ -138,12 +133,12 @@ def token_keys(
 ) -> list[Float[Tensor, "token d_mlp"]]:
     """The keys of every token of each text (BOS included, padding not), one tensor a text."""
     rows = tokenize(lm, texts)
-    found = []
+    by_text = []
     for first in range(0, len(rows), batch_size):
         batch = pad(lm, rows[first : first + batch_size], padding)
         batch_keys, _ = projection_pass(lm, batch, layer)
-        found.extend(widened(keys[mask.bool()]) for keys, mask in zip(batch_keys, batch.attention_mask, strict=True))
-    return found
+        by_text += [widened(keys[mask.bool()]) for keys, mask in zip(batch_keys, batch.attention_mask, strict=True)]
+    return by_text
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -40,8 +40,10 @@ from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_
 from nbkit.models.continuations import Continuation
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
+from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import check_length, named, pad, target_ids, tokenize
-from nbkit.models.replay import Prefixes, Replay, WholePasses, can_replay
+from nbkit.models.replay import can_replay, passes_of
+from nbkit.models.rows import EditedRows
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
@@ -97,17 +99,15 @@ def attributions(
     number = [row for row in range(len(rows)) for _ in range(n_steps)]
     repeated = [list(rows[row]) for row in number]
     last = [len(row) - 1 for row in repeated]
-    arguments = (repeated, last, [[index] for index in last], range(len(repeated)))
-    prefixes = Prefixes.of_rows(lm, [row[:-1] for row in rows]) if can_replay(lm) else None
+    asked = EditedRows(repeated, last, number, wanted=[[index] for index in last], edits=range(len(repeated)))
+    prefixes = Prefixes(lm, [row[:-1] for row in rows]) if can_replay(lm) else None
     dtype = torch.promote_types(lm.dtype, torch.float32)
     alpha = torch.linspace(0, 1, n_steps, dtype=dtype, device=lm.device).repeat(len(rows))[:, None]
     wanted = torch.tensor([tokens[row] for row in number], device=lm.device)[:, None]
     scores = torch.empty(len(rows), lm.n_layers, lm.d_mlp, dtype=dtype, device=lm.device)
     for layer in range(lm.n_layers):
-        passes = (
-            WholePasses(lm, layer, *arguments) if prefixes is None else Replay(lm, layer, *arguments, number, prefixes)
-        )
-        weight = widened(lm.weight(layer).T if lm.architecture.transposed else lm.weight(layer))  # (d_model, d_mlp)
+        passes = passes_of(lm, layer, asked, prefixes)
+        weight = widened(lm.oriented(lm.weight_name(layer)))  # (d_model, d_mlp)
         keys = widened(passes.keys)
         deltas = ((alpha - 1) * (keys @ weight.T)).requires_grad_()
         probability = widened(passes.logits(deltas)).softmax(-1).gather(1, wanted)

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Update
 from nbkit.keys.moments import SecondMoments
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import in_batches
+from nbkit.models.memory import by_cost
 from nbkit.models.prompts import subject_kind
 from nbkit.records.requests import EditRequest
 
@@ -75,12 +74,7 @@ def batches_by_cost(
     costs: of each item, what padding in a batch depends on. at_once: items for which there is memory, unless
     `settings` say how many.
     """
-    order = sorted(range(len(costs)), key=costs.__getitem__)
-    with tqdm(total=len(costs), desc=name, unit="edit", disable=not settings.progress) as bar:
-        batches = in_batches(order, settings.batch_size or at_once, lambda places: (list(places), compute(places)))
-        for places, result in batches:
-            bar.update(len(places))
-            yield places, result
+    return by_cost(costs, settings.batch_size or at_once, compute, name, "edit", settings.progress)
 
 
 def in_order(batches: Iterable[tuple[Sequence[int], Sequence[Result]]]) -> list[Result]:

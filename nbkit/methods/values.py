@@ -17,8 +17,10 @@ from nbkit.methods.method import MethodSettings, batches_by_cost
 from nbkit.models.continuations import Continuation
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
+from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import check_length, find_subjects, named, target_ids
-from nbkit.models.replay import Prefixes, Replay, Site, WholePasses, can_replay
+from nbkit.models.replay import Passes, Site, can_replay, passes_of
+from nbkit.models.rows import EditedRows
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
@@ -92,7 +94,7 @@ def values_in_batches(
 
     Yields which jobs, what `optimise_values` gives for them. `name`: of the bar, where `settings` ask for one.
     """
-    prefixes = Prefixes(lm, settings.context_templates) if can_replay(lm) else None
+    prefixes = Prefixes.of_templates(lm, settings.context_templates) if can_replay(lm) else None
 
     def optimised(places: Sequence[int]) -> tuple[KeyPass, list[OptimisedValue]]:
         return optimise_values(lm, [jobs[place] for place in places], prefixes, settings.parameters, layer, site)
@@ -140,20 +142,14 @@ def optimise_values(
     Returns keys (edit, template, d_mlp) and states at the site (edit, template, d_model) of the unchanged model, and
     what was found for each job.
     """
-    n_rows = [len(job.rows) for job in jobs]
-    arguments = (
-        lm,
-        layer,
-        [row for job in jobs for row in job.rows],
-        [index for job in jobs for index in job.indices],
-        [tokens for job in jobs for tokens in job.wanted],
-        [number for number, n in enumerate(n_rows) for _ in range(n)],
+    rows = EditedRows(
+        tokens=[row for job in jobs for row in job.rows],
+        indices=[index for job in jobs for index in job.indices],
+        templates=[*range(len(jobs[0].rows) - 1), 0] * len(jobs),  # "{subject} is a" has the empty template's prefix
+        wanted=[tokens for job in jobs for tokens in job.wanted],
+        edits=[number for number, job in enumerate(jobs) for _ in job.rows],
     )
-    if prefixes is None:
-        passes = WholePasses(*arguments, site=site)
-    else:  # the last row of each job, "{subject} is a", has the prefix of the empty template
-        templates = [*range(n_rows[0] - 1), 0] * len(jobs)
-        passes = Replay(*arguments, templates, prefixes, site=site)
+    passes = passes_of(lm, layer, rows, prefixes, site)
     keys, states = (widened(part).unflatten(0, (len(jobs), -1))[:, :-1] for part in (passes.keys, passes.states))
     search = _Search(passes, jobs, states[:, 0].clone(), parameters)
     for step in range(parameters.v_num_grad_steps):
@@ -170,7 +166,7 @@ class _Search:
 
     def __init__(
         self,
-        passes: Replay | WholePasses,
+        passes: Passes,
         jobs: Sequence[ValueJob],
         value_init: Float[Tensor, "edit d_model"],
         parameters: ValueParameters,

@@ -5,9 +5,9 @@ only the rows and columns in question are taken. No attention is written anew he
 windows, grouped queries, rotary positions or soft caps is what its own code does.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,189 +15,217 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nbkit.errors import ModelError
+from nbkit.models.calls import Calls
 from nbkit.models.hooks import capture, instead, replace
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import pad
-from nbkit.models.rows import Batch, columns_of, spans
+from nbkit.models.rows import columns_of, spans
 
-CACHES = ("past_key_values", "layer_past")  # what blocks call the argument that holds earlier keys and values
 KeyValue = tuple[Float[Tensor, "row head position d_head"], Float[Tensor, "row head position d_head"]]
 
 
-class Calls:
-    """How the model calls its blocks on some rows of tokens: what goes into the first block, and all other arguments.
+@dataclass(frozen=True)
+class Past:
+    """Tokens that were read earlier: their columns, which of them a row attends to, and keys and values by layer.
 
-    hidden: (row, position, d_model). arguments: one dict a layer. Rows are padded on the right, so that a token's
-    index and its column are the same, and by at least one, so that the model always makes a mask.
+    With `owners`, row i reads the keys and values of row owners[i].
     """
 
-    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]):
-        self.lm = lm
-        self.batch = pad(lm, rows, spare=1)
-        self.arguments: list[dict[str, Any]] = []
-        last = lm.block(lm.n_layers - 1)
-        with _passing(lm, self._note), capture(last, stop=True) as kept:
-            lm.logits(self.batch, keep=1)
-        self.hidden = kept.value
-        self.cache = next(name for name in CACHES if name in self.arguments[0])
+    columns: Int[Tensor, "row earlier"]
+    visible: Bool[Tensor, "row earlier"]
+    before: Mapping[int, KeyValue]
+    owners: Int[Tensor, " row"] | None = None
 
-    def _note(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        named = {**bound, **bound.get("kwargs", {})}
-        self.arguments.append({k: v for k, v in named.items() if k not in ("self", "kwargs", "hidden_states")})
+    def of(self, rows: Int[Tensor, " some"]) -> "Past":
+        """The same of some rows."""
+        columns, visible = self.columns[rows], self.visible[rows]
+        if self.owners is not None:
+            return Past(columns, visible, self.before, self.owners[rows])
+        return Past(columns, visible, {layer: (key[rows], value[rows]) for layer, (key, value) in self.before.items()})
 
-    def at(
-        self,
-        rows: Int[Tensor, " row"],
-        queries: Int[Tensor, "row query"],
-        keys: Int[Tensor, "row key"],
-        visible: Bool[Tensor, "row key"],
-        layers: range,
-    ) -> list[dict[str, Any]]:
-        """The arguments of each of `layers` for some columns of some rows that attend to others.
-
-        A key that is not `visible` is padding in this arrangement. Layers of one kind share their tensors.
-        """
-        done: dict[int, Any] = {}
-
-        def of_queries(tensor: Tensor) -> Tensor:
-            tensor = tensor if tensor.shape[0] == 1 else tensor[rows]
-            index = queries[(...,) + (None,) * (tensor.dim() - 2)].expand(-1, -1, *tensor.shape[2:])
-            return tensor.expand(len(rows), *tensor.shape[1:]).gather(1, index)
-
-        def of_mask(mask: Tensor) -> Tensor:
-            mask = (mask if mask.shape[0] == 1 else mask[rows]).expand(len(rows), -1, -1, -1)
-            heads, width = mask.shape[1], mask.shape[3]
-            mask = mask.gather(2, queries[:, None, :, None].expand(-1, heads, -1, width))
-            mask = mask.gather(3, keys[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
-            hidden = ~visible[:, None, None, :]
-            return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-        def cut(name: str, value: Any) -> Any:
-            if not isinstance(value, (Tensor, tuple)):
-                return value
-            if id(value) not in done:
-                if name == "attention_mask":
-                    done[id(value)] = of_mask(value)
-                elif name in ("position_ids", "position_embeddings"):
-                    parts = tuple(map(of_queries, value)) if isinstance(value, tuple) else of_queries(value)
-                    done[id(value)] = parts
-                else:
-                    raise ModelError(f"blocks take an argument that cannot be cut to columns: {name}")
-            return done[id(value)]
-
-        return [{name: cut(name, value) for name, value in self.arguments[layer].items()} for layer in layers]
+    def followed_by(self, layer: int, *later: KeyValue) -> KeyValue:
+        """Keys and values of one layer, with those of tokens that follow."""
+        pairs = list(later)
+        if layer in self.before:
+            key, value = self.before[layer]
+            pairs.insert(0, (key, value) if self.owners is None else (key[self.owners], value[self.owners]))
+        return pairs[0] if len(pairs) == 1 else tuple(torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
 
 
-class Past:
-    """The earlier keys and values that attention reads; given to a block in place of transformers' cache.
+class Part:
+    """Some columns of some rows, to be run through blocks: they attend to the past and, causally, to each other.
 
-    before: by layer; with `rows`, row i reads that of row rows[i]. collected: those the pass adds, if asked for.
+    columns: (row, column), those that are not `visible` being filler. rows: which rows of `calls`; None: all.
     """
 
     def __init__(
-        self, before: Mapping[int, KeyValue] = {}, rows: Int[Tensor, " row"] | None = None, collect: bool = False
+        self,
+        calls: Calls,
+        columns: Int[Tensor, "row column"],
+        visible: Bool[Tensor, "row column"],
+        past: Past | None = None,
+        rows: Int[Tensor, " row"] | None = None,
     ):
-        self.before, self.rows = before, rows
-        self.collected: dict[int, KeyValue] | None = {} if collect else None
+        self.calls, self.columns, self.visible, self.past, self.rows = calls, columns, visible, past, rows
+        self.queries = columns  # those that attend, and go on
+        self._cut: dict[int, Any] = {}  # arguments; layers of one kind share theirs
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> KeyValue:
-        if self.collected is not None:
-            self.collected[layer] = key, value
-        if layer not in self.before:
-            return key, value
-        earlier = self.of(layer)
-        return torch.cat([earlier[0], key], 2), torch.cat([earlier[1], value], 2)
+    def of(self, rows: Int[Tensor, " some"]) -> "Part":
+        """The same of some rows."""
+        past, own = self.past and self.past.of(rows), rows if self.rows is None else self.rows[rows]
+        return Part(self.calls, self.columns[rows], self.visible[rows], past, own)
 
-    def of(self, layer: int) -> KeyValue:
-        key, value = self.before[layer]
-        return (key, value) if self.rows is None else (key[self.rows], value[self.rows])
+    def through(
+        self, layers: range, hidden: Tensor | None = None, collected: dict[int, KeyValue] | None = None
+    ) -> Float[Tensor, "row column d_model"]:
+        """The residual stream after `layers`, whose blocks run one after the other.
+
+        hidden: what goes into them; None: what goes into the model's first. collected: takes the keys and values that
+        they make, by layer.
+        """
+        hidden = columns_of(self._of_rows(self.calls.hidden), self.columns) if hidden is None else hidden
+        for layer in layers:
+            hidden = self.block(layer, hidden, collected)
+        return hidden
+
+    def block(
+        self, layer: int, hidden: Float[Tensor, "row column d_model"], collected: dict[int, KeyValue] | None = None
+    ) -> Float[Tensor, "row query d_model"]:
+        """The residual stream after one block; arguments as in `through`."""
+
+        def update(key: Tensor, value: Tensor, *_args, **_kwargs) -> KeyValue:
+            if collected is not None:
+                collected[layer] = key, value
+            return self._seen(layer, key, value)
+
+        return self._run(layer, hidden, update)
+
+    def watched(self, layer: int, hidden: Float[Tensor, "row column d_model"]) -> "BlockPass":
+        """`block`, and what passes inside it."""
+        lm, shape = self.calls.lm, tuple(self.queries.shape)
+        with (
+            capture(lm.block(layer), "input") as into_block,
+            capture(lm.attention(layer)) as attended,
+            capture(lm.projection(layer), "input", shape=shape) as key,
+            capture(lm.projection(layer), "output", shape=shape) as value,
+        ):
+            output = self.block(layer, hidden)
+        return BlockPass(into_block.value, attended.value.reshape(*shape, -1), key.value, value.value, output)
+
+    def _run(self, layer: int, hidden: Tensor, update: Callable[..., KeyValue]) -> Tensor:
+        """One block. Its attention tells `update`, as transformers' cache, what keys and values it made, and reads
+        those that it gives."""
+        arguments = {name: self._argument(name, value) for name, value in self.calls.arguments[layer].items()}
+        return self.calls.block(layer, hidden, {**arguments, self.calls.cache: SimpleNamespace(update=update)})
+
+    def _seen(self, layer: int, *made: Tensor) -> KeyValue:
+        return self.past.followed_by(layer, made) if self.past else made
+
+    def _argument(self, name: str, value: Any) -> Any:
+        if not isinstance(value, (Tensor, tuple)):
+            return value
+        if id(value) not in self._cut:
+            if name == "attention_mask":
+                cut = self._mask(value)
+            elif name in ("position_ids", "position_embeddings"):
+                cut = tuple(map(self._positions, value)) if isinstance(value, tuple) else self._positions(value)
+            else:
+                raise ModelError(f"blocks take an argument that cannot be cut to columns: {name}")
+            self._cut[id(value)] = cut
+        return self._cut[id(value)]
+
+    def _positions(self, tensor: Tensor) -> Tensor:
+        index = self.queries[(...,) + (None,) * (tensor.dim() - 2)].expand(-1, -1, *tensor.shape[2:])
+        return self._of_rows(tensor).gather(1, index)
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        keys, visible = self.columns, self.visible
+        if self.past:
+            keys, visible = torch.cat([self.past.columns, keys], 1), torch.cat([self.past.visible, visible], 1)
+        mask = self._of_rows(mask)
+        heads, width = mask.shape[1], mask.shape[3]
+        mask = mask.gather(2, self.queries[:, None, :, None].expand(-1, heads, -1, width))
+        mask = mask.gather(3, keys[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
+        hidden = ~visible[:, None, None, :]
+        return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+    def _of_rows(self, tensor: Tensor) -> Tensor:
+        if tensor.shape[0] == 1:
+            return tensor.expand(len(self.columns), *tensor.shape[1:])
+        return tensor if self.rows is None else tensor[self.rows]
 
 
-def through(
-    lm: LanguageModel, hidden: Tensor, layers: range, arguments: Sequence[dict[str, Any]], cache: str, past: Past
-) -> Float[Tensor, "row query d_model"]:
-    """The residual stream after `layers`, whose blocks run one after the other."""
-    for layer, named in zip(layers, arguments, strict=True):
-        output = lm.block(layer)(hidden, **{**named, cache: past})
-        hidden = output[0] if isinstance(output, tuple) else output
-    return hidden
+class Wanted(Part):
+    """Some of a part's columns, which are all that the last block is run for.
 
-
-def at_columns(
-    lm: LanguageModel,
-    hidden: Float[Tensor, "row query d_model"],
-    places: Int[Tensor, "row wanted"],
-    layer: int,
-    arguments: tuple[dict[str, Any], dict[str, Any]],
-    cache: str,
-    past: Past,
-) -> Float[Tensor, "row wanted d_model"]:
-    """The residual stream after one block at some of the columns, which is all that the last block is run for.
-
-    places: of the wanted ones among the columns of `hidden`. arguments: of all its columns, and of the wanted ones. All
-    are read, so that the wanted ones can attend to them, but their own attention and MLP are left out.
+    places: (row, query), among the columns. Of the others keys and values are made, so that these can attend to them;
+    their own attention and MLP are left out.
     """
-    read = _Reading(past.before, past.rows)
-    try:
-        lm.block(layer)(hidden, **{**arguments[0], cache: read})
-    except _Read as done:
-        fixed = _Fixed(done.seen)
-    return through(lm, columns_of(hidden, places), range(layer, layer + 1), [arguments[1]], cache, fixed)
+
+    def __init__(self, part: Part, places: Int[Tensor, "row query"]):
+        super().__init__(part.calls, part.columns, part.visible, part.past, part.rows)
+        self.part, self.places, self.queries = part, places, part.columns.gather(1, places)
+
+    def through(self, layers: range, hidden: Float[Tensor, "row column d_model"]) -> Float[Tensor, "row query d_model"]:
+        """The residual stream at the wanted columns after `layers`."""
+        if not layers:
+            return columns_of(hidden, self.places)
+        return self.block(layers[-1], self.part.through(layers[:-1], hidden))
+
+    def block(self, layer: int, hidden: Float[Tensor, "row column d_model"]) -> Float[Tensor, "row query d_model"]:
+        """The residual stream at the wanted columns after one block."""
+
+        def stop(key: Tensor, value: Tensor, *_args, **_kwargs) -> KeyValue:
+            raise _KeysAndValues(self._seen(layer, key, value))
+
+        try:
+            self.part._run(layer, hidden, stop)
+        except _KeysAndValues as made:
+            (seen,) = made.args
+        return self._run(layer, columns_of(hidden, self.places), lambda *_args, **_kwargs: seen)
 
 
-class _Read(Exception):
-    """Ends a block's pass once its attention has made keys and values."""
-
-    def __init__(self, seen: KeyValue):
-        self.seen = seen
+class _KeysAndValues(Exception):
+    """Ends a block's pass once its attention has made them."""
 
 
-class _Reading(Past):
-    def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> KeyValue:
-        raise _Read(super().update(key, value, layer))
+@dataclass(frozen=True)
+class BlockPass:
+    """What one block was given, and what it and its parts made of that: each (row, position, d).
+
+    attended: its attention's output. keys and values: its projection's input and output.
+    """
+
+    into_block: Float[Tensor, "row position d_model"]
+    attended: Float[Tensor, "row position d_model"]
+    keys: Float[Tensor, "row position d_mlp"]
+    values: Float[Tensor, "row position d_model"]
+    output: Float[Tensor, "row position d_model"]
+
+    def of(self, rows: Int[Tensor, " some"]) -> "BlockPass":
+        """The same of some rows."""
+        return BlockPass(*(tensor[rows] for tensor in vars(self).values()))
+
+    def at(self, places: Int[Tensor, "row some"]) -> "BlockPass":
+        """The same at some positions of each row."""
+        return BlockPass(*(columns_of(tensor, places) for tensor in vars(self).values()))
 
 
-class _Fixed(Past):
-    """Gives the keys and values that are there already, whatever the columns at hand would add."""
+def with_value(
+    calls: Calls, layer: int, block: BlockPass, change: Float[Tensor, "row position d_model"]
+) -> Float[Tensor, "row position d_model"]:
+    """The block's output when `change` is added to what its MLP's projection says."""
+    lm = calls.lm
+    if adds_value(lm):
+        return block.output + change
 
-    def __init__(self, seen: KeyValue):
-        super().__init__()
-        self.seen = seen
+    def told(_module: nn.Module, states: Tensor) -> Tensor:
+        return (block.values + change).reshape(*states.shape[:-1], -1)
 
-    def update(self, *_args, **_kwargs) -> KeyValue:
-        return self.seen
-
-
-def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
-    """What the model makes of the residual stream above its last block: its norm, head and whatever else it does."""
-    # What is embedded does not matter. Token ids would: models look for padding among them, and a GPU waits for that.
-    width = lm.model.get_input_embeddings().weight.shape[1]
-    blank = torch.zeros(len(hidden), 1, width, dtype=hidden.dtype, device=lm.device)
-    positions = torch.zeros(len(hidden), 1, dtype=torch.long, device=lm.device)
-    with _passing(lm, enter=hidden[:, None]):
-        return lm.model(inputs_embeds=blank, position_ids=positions, use_cache=False).logits[:, 0]
-
-
-@contextmanager
-def _passing(
-    lm: LanguageModel, note: Callable[[nn.Module, tuple, dict], None] | None = None, enter: Tensor | None = None
-) -> Iterator[None]:
-    """Blocks hand on what they get, telling `note` how they were called; the first hands on `enter`, if given."""
-
-    def pass_on(block: nn.Module, *args, **kwargs):
-        if note is not None:
-            note(block, args, kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if enter is not None and block is first:
-            hidden = enter
-        return (hidden, None) if lm.architecture.block_gives_tuple else hidden
-
-    first = lm.block(0)
-    with ExitStack() as stack:
-        for layer in range(lm.n_layers):
-            stack.enter_context(instead(lm.block(layer), pass_on))
-        yield
+    with (
+        instead(lm.attention(layer), lambda *_args, **_kwargs: (block.attended, None)),
+        instead(lm.projection(layer), told),
+    ):  # the other arguments are attention's
+        return calls.block(layer, block.into_block, calls.arguments[layer])
 
 
 @torch.no_grad()
@@ -207,54 +235,11 @@ def adds_value(lm: LanguageModel) -> bool:
     Tried once on the first block, and kept as `lm.adds_value`; true of most architectures, not of Gemma's.
     """
     if lm.adds_value is None:
-        vocabulary, here = lm.model.get_input_embeddings().weight.shape[0], range(1)
-        calls = Calls(lm, [[7 % vocabulary, 8 % vocabulary]])
-        columns, visible = spans([0], [2], lm.device)
-        arguments = calls.at(torch.zeros(1, dtype=torch.long, device=lm.device), columns, columns, visible, here)
-        hidden = columns_of(calls.hidden, columns)
-        before = through(lm, hidden, here, arguments, calls.cache, Past())
+        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+        part = Part(Calls(lm, [[7 % vocabulary, 8 % vocabulary]]), *spans([0], [2], lm.device))
+        before = part.through(range(1))
         change = before.flip(-1)  # of the stream's own size, so that rounding does not hide it
         with replace(lm.projection(0), lambda values: values + change, shape=(1, 2)):
-            after = through(lm, hidden, here, arguments, calls.cache, Past())
+            after = part.through(range(1))
         lm.adds_value = bool((after - before - change).norm() < 0.05 * change.norm())
     return lm.adds_value
-
-
-def with_value(
-    lm: LanguageModel,
-    layer: int,
-    change: Float[Tensor, "row position d_model"],
-    output: Float[Tensor, "row position d_model"],
-    into_block: Float[Tensor, "row position d_model"],
-    attended: Float[Tensor, "row position d_model"],
-    values: Float[Tensor, "row position d_model"],
-    arguments: dict[str, Any],
-    cache: str,
-) -> Float[Tensor, "row position d_model"]:
-    """A block's output when `change` is added to what its MLP's projection says.
-
-    output, into_block, attended (its attention's output) and values (its projection's) are those without the change.
-    """
-    if adds_value(lm):
-        return output + change
-
-    def told(_module: nn.Module, states: Tensor) -> Tensor:
-        return (values + change).reshape(*states.shape[:-1], -1)
-
-    with (
-        instead(lm.attention(layer), lambda *_args, **_kwargs: (attended, None)),
-        instead(lm.projection(layer), told),
-    ):
-        return through(lm, into_block, range(layer, layer + 1), [arguments], cache, Past())
-
-
-@torch.no_grad()
-def projection_pass(
-    lm: LanguageModel, batch: Batch, layer: int
-) -> tuple[Float[Tensor, "row position d_mlp"], Float[Tensor, "row position d_model"]]:
-    """One forward pass up to the projection of `layer`: its input and its output everywhere, padding included."""
-    projection = lm.projection(layer)
-    with capture(projection, "input", shape=batch.shape) as key:
-        with capture(projection, "output", shape=batch.shape, stop=True) as value:
-            lm.logits(batch, keep=1)
-    return key.value, value.value

@@ -6,7 +6,7 @@ updates without low rank take a batched matrix product there. Nothing in the mod
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,13 +16,13 @@ from torch.nn.functional import pad as with_zeros
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
-from nbkit.models.blocks import Calls, Past, at_columns, through, to_logits, with_value
-from nbkit.models.hooks import capture
+from nbkit.models.blocks import Part, Wanted, with_value
+from nbkit.models.calls import Calls, to_logits
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import Footprint, budget, in_batches
+from nbkit.models.memory import Footprint, budget, by_cost, in_batches
 from nbkit.models.prompts import pad
 from nbkit.models.replay import can_replay
-from nbkit.models.rows import columns_of, marked, spans
+from nbkit.models.rows import AskedRows, columns_of, filled, marked, spans
 
 BAND = 16  # rows of like length that every edited model reads, in one pass
 REACH = 0.75  # edits go together when each has at least this share of the group's layers to run anyway
@@ -77,7 +77,7 @@ class Changes:
         for name in dict.fromkeys(name for edit in edits for name in edit.deltas):
             given = [edit.deltas.get(name) for edit in edits]
             weight = [lm.weight_of(name, delta) for delta in given if delta is not None][0]
-            (d_out, d_in) = next(delta.shape for delta in given if delta is not None)
+            d_out, d_in = lm.oriented(name).shape
             nothing = LowRank(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))
             deltas = [nothing if delta is None else delta.to(lm.device) for delta in given]
             if all(isinstance(delta, LowRank) for delta in deltas):
@@ -105,8 +105,7 @@ class Changes:
 
         with ExitStack() as stack:
             for name in modules:
-                handle = lm.model.get_submodule(name).register_forward_hook(partial(hook, name))
-                stack.callback(handle.remove)
+                stack.enter_context(lm.model.get_submodule(name).register_forward_hook(partial(hook, name)))
             yield
 
     @staticmethod
@@ -124,57 +123,36 @@ class SharedPass:
 
     def __init__(self, lm: LanguageModel, layer: int, rows: Sequence[Sequence[int]]):
         self.lm, self.layer = lm, layer
-        self.calls = Calls(lm, rows)
-        everyone = torch.arange(len(rows), device=lm.device)
-        self.columns, self.visible = spans([0] * len(rows), [len(row) for row in rows], lm.device)
-        below, here = range(layer), range(layer, layer + 1)
-        arguments = self.calls.at(everyone, self.columns, self.columns, self.visible, range(layer + 1))
-        hidden = self.calls.hidden[:, : self.columns.shape[1]]
-        self.into_block = through(lm, hidden, below, arguments[:-1], self.calls.cache, Past())
-        shape = tuple(self.columns.shape)
-        with (
-            capture(lm.attention(layer)) as attended,
-            capture(lm.projection(layer), "input", shape=shape) as key,
-            capture(lm.projection(layer), "output", shape=shape) as value,
-        ):
-            self.output = through(lm, self.into_block, here, arguments[-1:], self.calls.cache, Past())
-        self.attended, self.keys, self.values = attended.value.reshape(*shape, -1), key.value, value.value
+        self.part = Part(Calls(lm, rows), *spans([0] * len(rows), [len(row) for row in rows], lm.device))
+        self.block = self.part.watched(layer, self.part.through(range(layer)))
 
     def logits(
         self, changes: Changes, grid: Int[Tensor, "edit row"], kept: Sequence[Sequence[int]]
     ) -> Float[Tensor, "kept vocabulary"]:
         """Logits of edit e on row grid[e, r], edit by edit, row by row; kept: of each, the positions wanted."""
-        lm, rows = self.lm, grid.flatten()
-        n_edits, n_positions = grid.shape[0], self.columns.shape[1]
-        columns, visible = self.columns[rows], self.visible[rows]
-        layers = range(self.layer, lm.n_layers)
-        arguments = self.calls.at(rows, columns, columns, visible, layers)
+        lm, rows, above = self.lm, grid.flatten(), range(self.layer + 1, self.lm.n_layers)
         projection = lm.architecture.projection_path(self.layer)
         inside = any(layer_of(lm, name + ".") == self.layer for name in changes.factors if name != projection)
-        most = max(map(len, kept))
-        places = torch.tensor([[*positions] + [0] * (most - len(positions)) for positions in kept], device=lm.device)
-        real = torch.tensor([i for i in range(len(kept) * most) if i % most < len(kept[i // most])], device=lm.device)
+        part = self.part.of(rows)
+        places, real = filled(kept)
+        wanted = Wanted(part, places.to(lm.device))
         with changes.added(lm, [name for name in changes.factors if inside or name != projection]):
             if inside:  # something else in this block changes as well, so it is run
-                hidden = through(lm, self.into_block[rows], layers[:1], arguments[:1], self.calls.cache, Past())
+                hidden = part.block(self.layer, self.block.into_block[rows])
             elif projection in changes.factors:
-                keys = self.keys[rows].reshape(n_edits, -1, self.keys.shape[-1])
-                update = changes.of(projection, keys).reshape(len(rows), n_positions, -1)
-                hidden = with_value(
-                    lm, self.layer, update, self.output[rows], self.into_block[rows], self.attended[rows],
-                    self.values[rows], arguments[0], self.calls.cache,
-                )  # fmt: skip
+                hidden = self._with_updates(changes, projection, rows)
             else:
-                hidden = self.output[rows]
-            if len(layers) > 1 and most <= n_positions // 2:
-                hidden = through(lm, hidden, layers[1:-1], arguments[1:-1], self.calls.cache, Past())
-                (of_kept,) = self.calls.at(rows, columns.gather(1, places), columns, visible, layers[-1:])
-                last = arguments[-1], of_kept
-                hidden = at_columns(lm, hidden, places, layers[-1], last, self.calls.cache, Past())
+                hidden = self.block.output[rows]
+            if places.shape[1] <= part.columns.shape[1] // 2:
+                hidden = wanted.through(above, hidden)
             else:
-                hidden = through(lm, hidden, layers[1:], arguments[1:], self.calls.cache, Past())
-                hidden = columns_of(hidden, places)
-        return to_logits(lm, hidden.flatten(0, 1)[real])
+                hidden = columns_of(part.through(above, hidden), wanted.places)
+        return to_logits(lm, hidden.flatten(0, 1)[real.flatten().nonzero()[:, 0].to(lm.device)])
+
+    def _with_updates(self, changes: Changes, projection: str, rows: Int[Tensor, " row"]) -> Tensor:
+        block = self.block.of(rows)
+        update = changes.of(projection, block.keys.reshape(changes.n_edits, -1, block.keys.shape[-1]))
+        return with_value(self.part.calls, self.layer, block, update.reshape(block.values.shape))
 
 
 class WholePass:
@@ -195,93 +173,80 @@ class WholePass:
 def edited_logits(
     lm: LanguageModel,
     edits: Sequence[Edit],
-    rows: Sequence[Sequence[int]],
-    kept: Sequence[range],
+    asked: AskedRows,
     rows_of: Sequence[Sequence[int]],
     batch_size: int | None = None,
-) -> Iterator[tuple[list[tuple[int, int]], Float[Tensor, "kept vocabulary"]]]:
+) -> Iterator[tuple[list[tuple[int, int]], Float[Tensor, "wanted vocabulary"]]]:
     """Logits of each edited model on its rows, a batch at a time; the model is not changed.
 
-    kept: the positions of each row whose logits are wanted. rows_of: for each edit, the numbers of its rows.
-    batch_size: rows at once, else as many as memory takes. Yields which (edit, row) the logits are of, and the logits
-    of all their kept positions, one after the other. Edits of weights outside the layers, and models that cannot be
-    replayed, go the plain way: every edit applied, all layers run.
+    rows_of: for each edit, the numbers of its rows. batch_size: rows at once, else as many as memory takes. Yields
+    which (edit, row) the logits are of, and the logits at all their wanted tokens, one after the other. Edits of
+    weights outside the layers, and models that cannot be replayed, go the plain way: each edit applied, all layers run.
     """
     for layer, group in alike(lm, edits):
         if layer is None or not can_replay(lm):
             for edit in group:
                 with applied(lm, edits[edit]):
-                    yield from plain_logits(lm, edit, rows, kept, rows_of[edit], batch_size or 64)
-            continue
-        for band, members in _bands(rows, rows_of, group):
-            yield from _together(lm, layer, edits, members, rows, kept, band, batch_size)
+                    for rows, logits in plain_logits(lm, asked, rows_of[edit], batch_size or 64):
+                        yield [(edit, row) for row in rows], logits
+        else:
+            for band in _bands(asked, {edit: rows_of[edit] for edit in group if rows_of[edit]}):
+                yield from _together(lm, layer, edits, asked, band, batch_size)
 
 
 def plain_logits(
-    lm: LanguageModel,
-    edit: int,
-    rows: Sequence[Sequence[int]],
-    kept: Sequence[range],
-    numbers: Sequence[int],
-    batch_size: int,
-) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    """As `edited_logits`, for the rows of these numbers and the model as it is, which carries edit number `edit`."""
-    order = sorted(numbers, key=lambda number: len(rows[number]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad(lm, [rows[number] for number in chosen])
-        keep = marked([kept[number] for number in chosen], batch.shape[1], lm.device)
-        yield [(edit, number) for number in chosen], lm.logits(batch, keep=keep)
+    lm: LanguageModel, asked: AskedRows, rows: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], Float[Tensor, "wanted vocabulary"]]]:
+    """Logits of the model as it is on the rows of these numbers: as `edited_logits`, with the row alone."""
+
+    def compute(places: Sequence[int]) -> Tensor:
+        chosen = [rows[place] for place in places]
+        batch = pad(lm, [asked.tokens[row] for row in chosen])
+        return lm.logits(batch, keep=marked([asked.wanted[row] for row in chosen], batch.shape[1], lm.device))
+
+    for places, logits in by_cost([len(asked.tokens[row]) for row in rows], batch_size, compute):
+        yield [rows[place] for place in places], logits
 
 
-def _bands(
-    rows: Sequence[Sequence[int]], rows_of: Sequence[Sequence[int]], group: Sequence[int]
-) -> Iterator[tuple[dict[int, list[int]], list[int]]]:
+def _bands(asked: AskedRows, rows_of: Mapping[int, Sequence[int]]) -> Iterator[Mapping[int, Sequence[int]]]:
     """Which rows of which edits run together: rows that all edits read by like length, else each edit with its own."""
-    common = list(rows_of[group[0]])
-    if len(group) > 1 and all(list(rows_of[edit]) == common for edit in group):
-        order = sorted(common, key=lambda number: len(rows[number]))
+    common = list(next(iter(rows_of.values())))
+    if len(rows_of) > 1 and all(list(rows) == common for rows in rows_of.values()):
+        order = sorted(common, key=lambda row: len(asked.tokens[row]))
         for start in range(0, len(order), BAND):
-            band = order[start : start + BAND]
-            yield dict.fromkeys(group, band), list(group)
-    else:
-        yield {edit: list(rows_of[edit]) for edit in group}, [edit for edit in group if rows_of[edit]]
-
-
-def _filled(numbers: Sequence[int], n: int) -> list[tuple[int, bool]]:
-    """An edit's rows, and whether they are its own: with fewer rows than others it reads its first one again."""
-    return [(number, True) for number in numbers] + [(numbers[0], False)] * (n - len(numbers))
+            yield dict.fromkeys(rows_of, order[start : start + BAND])
+    elif any(rows_of.values()):
+        yield {edit: rows for edit, rows in rows_of.items() if rows}
 
 
 def _together(
     lm: LanguageModel,
     layer: int,
     edits: Sequence[Edit],
-    members: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    kept: Sequence[range],
-    band: Mapping[int, list[int]],
+    asked: AskedRows,
+    band: Mapping[int, Sequence[int]],
     batch_size: int | None,
 ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    if not members:
-        return
-    most = max(len(band[edit]) for edit in members)
-    longest = max(len(rows[number]) for edit in members for number in band[edit])
-    n_logits = max(len(kept[number]) for edit in members for number in band[edit])
+    """The edits of a band on their rows, as many edits side by side as memory takes."""
+    most = max(map(len, band.values()))
+    of_band = {row for rows in band.values() for row in rows}
+    longest, n_logits = (max(len(lists[row]) for row in of_band) for lists in (asked.tokens, asked.wanted))
     one = most * Footprint(longest, 0, lm.n_layers - layer, n_logits, backward=False).bytes(lm)
-    one += Changes.bytes_each(lm, [edits[edit] for edit in members])
-    shared: tuple[list[int], SharedPass] | None = None
+    one += Changes.bytes_each(lm, [edits[edit] for edit in band])
+
+    @lru_cache(maxsize=1)  # edits that read the same rows follow each other
+    def shared(rows: tuple[int, ...]) -> SharedPass:
+        return SharedPass(lm, layer, [asked.tokens[row] for row in rows])
 
     def compute(chosen: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor]:
-        nonlocal shared
-        numbers = list(dict.fromkeys(number for edit in chosen for number in band[edit]))
-        if shared is None or shared[0] != numbers:
-            shared = numbers, SharedPass(lm, layer, [rows[number] for number in numbers])
-        place = {number: row for row, number in enumerate(numbers)}
-        grid = torch.tensor([[place[n] for n, _ in _filled(band[e], most)] for e in chosen])
-        wanted = [kept[n] if own else () for e in chosen for n, own in _filled(band[e], most)]
-        logits = shared[1].logits(Changes(lm, [edits[e] for e in chosen]), grid.to(lm.device), wanted)
-        return [(e, n) for e in chosen for n in band[e]], logits
+        pairs = [(edit, row) for edit in chosen for row in band[edit]]
+        place = {row: place for place, row in enumerate(dict.fromkeys(row for _, row in pairs))}
+        grid, _ = filled([[place[row] for row in band[edit]] for edit in chosen], most)
+        wanted = []
+        for edit in chosen:  # with fewer rows than others it reads others' again, of which nothing is wanted
+            wanted += [asked.wanted[row] for row in band[edit]] + [()] * (most - len(band[edit]))
+        changes = Changes(lm, [edits[edit] for edit in chosen])
+        return pairs, shared(tuple(place)).logits(changes, grid.to(lm.device), wanted)
 
     size = batch_size // most if batch_size else budget(lm.device) // one
-    yield from in_batches(members, size, compute)
+    yield from in_batches(list(band), size, compute)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import psutil
 import torch
+from tqdm.auto import tqdm
 
 from nbkit.models.language_model import LanguageModel
 
@@ -79,6 +80,25 @@ def in_batches(items: Sequence[Item], size: int, compute: Callable[[Sequence[Ite
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with batches of {size}", stacklevel=2)
+
+
+def by_cost(
+    costs: Sequence,
+    size: int,
+    compute: Callable[[list[int]], Result],
+    name: str = "",
+    unit: str = "",
+    progress: bool = False,
+) -> Iterator[tuple[list[int], Result]]:
+    """`compute` on the places of all items, those of like cost together: each batch's places, and what it gave.
+
+    costs: of each item, what padding in a batch depends on. size: as in `in_batches`. progress: a bar of this name.
+    """
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    with tqdm(total=len(costs), desc=name, unit=unit, disable=not progress) as bar:
+        for places, result in in_batches(order, size, lambda places: (places, compute(places))):
+            bar.update(len(places))
+            yield places, result
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -5,7 +5,7 @@ padded tensor. Where rows are padded on the right the two are the same.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,41 @@ class Batch:
         return self.starts + torch.as_tensor(indices, device=self.starts.device)
 
 
+@dataclass(frozen=True)
+class AskedRows:
+    """Rows of tokens, and the tokens of each whose logits are wanted."""
+
+    tokens: Sequence[Sequence[int]]
+    wanted: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class EditedRows:
+    """Rows of tokens of many edits, each with a token that counts: where the edit changes something, or a key is read.
+
+    tokens: token ids. indices: of each row's token that counts. templates: the number of the prefix that each begins
+    with. wanted: the tokens of each row, none before the one that counts, whose logits are asked for. edits: the number
+    of each row's edit, ascending from 0.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    indices: Sequence[int]
+    templates: Sequence[int]
+    wanted: Sequence[Sequence[int]] = ()
+    edits: Sequence[int] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.tokens]
+
+    def of(self, edits: Sequence[int]) -> tuple["EditedRows", list[int]]:
+        """The rows of these edits, which are numbered anew from 0, in order; and which rows these are."""
+        number = {old: new for new, old in enumerate(edits)}
+        kept = [row for row, edit in enumerate(self.edits) if edit in number]
+        parts = {part.name: [getattr(self, part.name)[row] for row in kept] for part in fields(self)}
+        return EditedRows(**{**parts, "edits": [number[edit] for edit in parts["edits"]]}), kept
+
+
 def spans(starts: Sequence[int], ends: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Columns starts..ends-1 of each row, filled up with its last one, and which of them are not filler."""
     start, end = torch.tensor(starts, device=device)[:, None], torch.tensor(ends, device=device)[:, None]
@@ -50,3 +85,10 @@ def marked(tokens: Sequence[Sequence[int]], width: int, device: torch.device) ->
     for row, of_row in enumerate(tokens):
         mask[row, list(of_row)] = True
     return mask.to(device)
+
+
+def filled(lists: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "row n"], Bool[Tensor, "row n"]]:
+    """Lists of unlike length as one tensor, at least so wide, and what of it is not filler. Filler is 0."""
+    width = max(width, *map(len, lists))
+    numbers = torch.tensor([[*one] + [0] * (width - len(one)) for one in lists])
+    return numbers, torch.arange(width) < torch.tensor([len(one) for one in lists])[:, None]

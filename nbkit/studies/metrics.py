@@ -24,6 +24,7 @@ from nbkit.keys.extract import widened
 from nbkit.models.edited import edited_logits, plain_logits
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import check_length, target_ids, tokenize
+from nbkit.models.rows import AskedRows
 from nbkit.records.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
@@ -109,19 +110,19 @@ def _token_scores(
     for pair, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         row = rows.setdefault((len(context), *context, *target[:-1]), len(rows))
         pairs_of.setdefault((0 if edits is None else edit_of[pair], row), []).append(pair)
-    kept = [range(length - 1, len(row)) for length, *row in rows]
-    read = [row for _, *row in rows]
+    read = AskedRows([row for _, *row in rows], wanted=[range(length - 1, len(row)) for length, *row in rows])
     if edits is None:
-        passes = plain_logits(lm, 0, read, kept, range(len(read)), batch_size)
+        plain = plain_logits(lm, read, range(len(rows)), batch_size)
+        passes = (([(0, row) for row in read_now], logits) for read_now, logits in plain)
     else:
         rows_of: list[list[int]] = [[] for _ in edits]
         for edit, row in pairs_of:
             rows_of[edit].append(row)
-        passes = edited_logits(lm, edits, read, kept, rows_of)
+        passes = edited_logits(lm, edits, read, rows_of)
 
     scores: dict[int, _Scores] = {}
     for read_now, logits in passes:
-        starts = np.cumsum([0, *(len(kept[row]) for _, row in read_now)])
+        starts = np.cumsum([0, *(len(read.wanted[row]) for _, row in read_now)])
         asked = [
             (pair, start)
             for read_by, start in zip(read_now, starts[:-1].tolist(), strict=True)

@@ -1,0 +1,86 @@
+"""How a model calls its blocks: what it gives them is noted, and what lies below or above them is left out."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nbkit.models.hooks import capture, instead
+from nbkit.models.language_model import LanguageModel
+from nbkit.models.prompts import pad
+from nbkit.models.rows import Batch
+
+CACHES = ("past_key_values", "layer_past")  # what blocks call the argument that holds earlier keys and values
+
+
+class Calls:
+    """How the model calls its blocks on some rows of tokens: what goes into the first block, and all other arguments.
+
+    hidden: (row, position, d_model). arguments: one dict a layer. Rows are padded on the right, so that a token's
+    index and its column are the same, and by at least one, so that the model always makes a mask.
+    """
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]):
+        self.lm = lm
+        self.arguments: list[dict[str, Any]] = []
+        with _passing(lm, self._note), capture(lm.block(lm.n_layers - 1), stop=True) as last:
+            lm.logits(pad(lm, rows, spare=1), keep=1)
+        self.hidden = last.value
+        self.cache = next(name for name in CACHES if name in self.arguments[0])
+
+    def _note(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+        named = {**bound, **bound.get("kwargs", {})}
+        self.arguments.append({k: v for k, v in named.items() if k not in ("self", "kwargs", "hidden_states")})
+
+    def block(self, layer: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The residual stream after one block. arguments: this layer's, cut to the columns that `hidden` is of."""
+        output = self.lm.block(layer)(hidden, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
+    """What the model makes of the residual stream above its last block: its norm, head and whatever else it does."""
+    # What is embedded does not matter. Token ids would: models look for padding among them, and a GPU waits for that.
+    width = lm.model.get_input_embeddings().weight.shape[1]
+    blank = torch.zeros(len(hidden), 1, width, dtype=hidden.dtype, device=lm.device)
+    positions = torch.zeros(len(hidden), 1, dtype=torch.long, device=lm.device)
+    with _passing(lm, enter=hidden[:, None]):
+        return lm.model(inputs_embeds=blank, position_ids=positions, use_cache=False).logits[:, 0]
+
+
+@contextmanager
+def _passing(
+    lm: LanguageModel, note: Callable[[nn.Module, tuple, dict], None] | None = None, enter: Tensor | None = None
+) -> Iterator[None]:
+    """Blocks hand on what they get, telling `note` how they were called; the first hands on `enter`, if given."""
+
+    def pass_on(block: nn.Module, *args, **kwargs):
+        if note is not None:
+            note(block, args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if enter is not None and block is first:
+            hidden = enter
+        return (hidden, None) if lm.architecture.block_gives_tuple else hidden
+
+    first = lm.block(0)
+    with ExitStack() as stack:
+        for layer in range(lm.n_layers):
+            stack.enter_context(instead(lm.block(layer), pass_on))
+        yield
+
+
+@torch.no_grad()
+def projection_pass(
+    lm: LanguageModel, batch: Batch, layer: int
+) -> tuple[Float[Tensor, "row position d_mlp"], Float[Tensor, "row position d_model"]]:
+    """One forward pass up to the projection of `layer`: its input and its output everywhere, padding included."""
+    projection = lm.projection(layer)
+    with capture(projection, "input", shape=batch.shape) as key:
+        with capture(projection, "output", shape=batch.shape, stop=True) as value:
+            lm.logits(batch, keep=1)
+    return key.value, value.value
