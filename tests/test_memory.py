@@ -1,6 +1,5 @@
 """Batches fit the memory there is, by a formula; when they do not, they are halved and nothing is lost."""
 
-from importlib import import_module
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def test_little_memory_means_small_batches_and_the_same_edits(tiny, requests, co
         return in_batches(items, size, compute)
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(import_module("nbkit.methods.method"), "in_batches", watched)
+    monkeypatch.setattr(memory, "in_batches", watched)
     for found, other in zip(edit(tiny, requests, **options), expected, strict=True):
         name = tiny.weight_name(1)
         torch.testing.assert_close(found.deltas[name].dense(), other.deltas[name].dense(), rtol=1e-9, atol=1e-12)
