@@ -6,13 +6,20 @@ import torch
 
 from nbkit.methods.verbs import edit
 from nbkit.models import memory
-from nbkit.models.memory import Footprint, in_batches
+from nbkit.models.memory import Footprint, by_cost, in_batches
 
 
 def test_batches_are_in_order_and_of_the_size_asked_for():
     assert list(in_batches([1, 2, 3, 4, 5], 2, list)) == [[1, 2], [3, 4], [5]]
     assert list(in_batches([1, 2], 0, list)) == [[1], [2]]
     assert list(in_batches([], 4, list)) == []
+
+
+def test_items_of_like_cost_are_together_and_come_with_their_places(capsys):
+    batches = by_cost([5, 1, 4, 1], 2, lambda places: [10 * place for place in places], "edits", "edit", progress=True)
+    assert list(batches) == [([1, 3], [10, 30]), ([2, 0], [20, 0])]
+    assert "edits: 100%" in capsys.readouterr().err
+    assert list(by_cost([], 2, list)) == [] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

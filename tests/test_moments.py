@@ -79,7 +79,7 @@ def test_it_is_the_mean_outer_product_of_the_keys(lm, texts, tolerance, batch_si
 def test_several_layers_come_from_one_pass(lm, texts, tolerance):
     n_passes = {layer: 0 for layer in range(lm.n_layers)}
     for layer in n_passes:
-        lm.projection(layer).register_forward_hook(
+        lm.projection(layer).register_forward_pre_hook(
             lambda *_, layer=layer: n_passes.update({layer: n_passes[layer] + 1})
         )
     moments = second_moments(lm, [1, 0], texts)

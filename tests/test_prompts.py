@@ -13,6 +13,7 @@ from nbkit.models.prompts import (
     find_subjects,
     named,
     pad,
+    request_columns,
     subject_kind,
     subject_last,
     target_ids,
@@ -149,6 +150,13 @@ def test_subject_kinds(either):
     assert subject_kind(either, EditRequest("{} is in", "Vouda Krela", "x")) == "several-token first"
     assert subject_kind(either, EditRequest("In {} is", "Vouda", "x")) == "later"
     assert subject_kind(either, EditRequest("Vouda and {} is", "Vouda", "x")) == "later"
+
+
+def test_tables_name_a_request_by_three_columns(tiny):
+    columns = request_columns(tiny, EditRequest("{} is in", "Vouda Krela", "x", case_id=7))
+    assert columns == {"case_id": "7", "subject": "Vouda Krela", "subject_kind": "several-token first"}
+    assert list(columns) == ["case_id", "subject", "subject_kind"]
+    assert request_columns(tiny, EditRequest("In {} is", "Vouda", "x"))["case_id"] is None
 
 
 def test_target_ids_continue_a_text(either):

@@ -8,10 +8,12 @@ import torch
 from nbkit.keys.extract import in_contexts
 from nbkit.methods.verbs import edit
 from nbkit.models import replay
+from nbkit.models.blocks import Wanted, reading, with_value
+from nbkit.models.hooks import replace
 from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import find_subjects
 from nbkit.models.replay import Replay, WholePasses, can_replay
-from nbkit.models.rows import EditedRows
+from nbkit.models.rows import EditedRows, filled
 from nbkit.records.requests import EditRequest
 
 FAST = {"layer": 1, "v_num_grad_steps": 4, "v_lr": 0.1, "progress": False}
@@ -118,6 +120,44 @@ def test_prefixes_share_what_a_row_begins_with(tiny):
     assert prefixes.shared(0, [5, 6]) == 0
     assert prefixes.shared(1, [5, 6]) == 2 and prefixes.shared(1, [5, 9, 7]) == 1
     assert prefixes.shared(1, [5, 6, 7, 8]) == 3
+
+
+def test_some_edits_rows_are_numbered_anew():
+    rows = EditedRows([[1], [2, 3], [4], [5]], [0, 1, 0, 0], [0, 1, 0, 1], [[0], [1], [0], []], edits=[0, 1, 1, 2])
+    chosen, kept = rows.of([1, 2])
+    assert kept == [1, 2, 3]
+    assert chosen == EditedRows([[2, 3], [4], [5]], [1, 0, 0], [1, 0, 1], [[1], [0], []], edits=[0, 0, 1])
+
+
+def test_lists_of_unlike_length_are_filled_up():
+    numbers, real = filled([[3, 4], [], [5]])
+    assert numbers.tolist() == [[3, 4], [0, 0], [5, 0]]
+    assert real.tolist() == [[True, True], [False, False], [True, False]]
+    numbers, real = filled([range(2)], width=3)
+    assert numbers.tolist() == [[0, 1, 0]] and real.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_block_run_for_some_columns_says_there_what_it_says_of_all(lm, texts, tolerance, layer):
+    part = reading(lm, [lm.tokenizer(text).input_ids for text in texts])
+    places = torch.tensor([[2, 0]] * len(texts))
+    into_block = part.through(range(layer))
+    whole, some = part.watched(layer, into_block).at(places), Wanted(part, places).watched(layer, into_block)
+    for name, expected in vars(whole).items():
+        torch.testing.assert_close(
+            getattr(some, name), expected, rtol=0, atol=tolerance * max(1, expected.abs().max()), msg=name
+        )
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_changed_value_is_that_of_a_changed_projection(lm, texts, tolerance, layer):
+    part = reading(lm, [lm.tokenizer(text).input_ids for text in texts])
+    block = part.watched(layer, part.through(range(layer)))
+    change = block.values.flip(-1)
+    with replace(lm.projection(layer), lambda values: values + change, shape=tuple(change.shape[:2])):
+        expected = part.block(layer, block.into_block)
+    found = with_value(part.calls, layer, block, change)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max())
 
 
 def test_every_architecture_can_be_replayed_without_a_warning(lm):

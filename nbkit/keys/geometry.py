@@ -17,7 +17,7 @@ from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import SecondMoments
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import context_templates as sampled_templates
-from nbkit.models.prompts import subject_kind
+from nbkit.models.prompts import request_columns
 from nbkit.records.requests import EditRequest
 
 PLAIN, MEAN, SOLVED = "$k_u$", r"$\bar{k}$", r"$C^{-1}\bar{k}$"
@@ -43,16 +43,11 @@ def key_geometry(
     Columns: case_id (as text), subject, subject_kind, layer, template (its number), prefix ("plain" for template 0,
     else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
     """
-    found = _all_keys(lm, requests, layer, context_templates)
-    similarities, norms = _cosine(found, found[:, :1]), np.linalg.norm(found, axis=-1)
+    every_key = _all_keys(lm, requests, layer, context_templates)
+    similarities, norms = _cosine(every_key, every_key[:, :1]), np.linalg.norm(every_key, axis=-1)
     rows = []
     for request, similarity, norm in zip(requests, similarities, norms, strict=True):
-        about = {
-            "case_id": None if request.case_id is None else str(request.case_id),
-            "subject": request.subject,
-            "subject_kind": subject_kind(lm, request),
-            "layer": layer,
-        }
+        about = {**request_columns(lm, request), "layer": layer}
         for i in range(len(norm)):
             prefix = "prefixed" if i else "plain"
             rows.append({**about, "template": i, "prefix": prefix, "similarity": similarity[i], "norm": norm[i]})
@@ -67,8 +62,8 @@ def key_vectors(
     second_moment=None,
 ) -> dict[str, np.ndarray]:
     """What ROME's update is made of, each (request, d_mlp): k_u, k̄, and C⁻¹k̄ if a second moment is given."""
-    found = _all_keys(lm, requests, layer, context_templates)
-    vectors = {PLAIN: found[:, 0], MEAN: found.mean(1)}
+    every_key = _all_keys(lm, requests, layer, context_templates)
+    vectors = {PLAIN: every_key[:, 0], MEAN: every_key.mean(1)}
     if second_moment is not None:
         moments = SecondMoments(second_moment, lm)
         solved = [moments.solve(layer, torch.as_tensor(k, device=lm.device)) for k in vectors[MEAN]]
@@ -120,8 +115,8 @@ def position_similarity(
     """
     rows = []
     for layer in layers:
-        found = [k[:n_positions].double().cpu().numpy() for k in token_keys(lm, texts, layer)]
-        for one, other in zip(found, found[1:], strict=False):
+        by_text = [k[:n_positions].double().cpu().numpy() for k in token_keys(lm, texts, layer)]
+        for one, other in zip(by_text, by_text[1:], strict=False):
             shared = min(len(one), len(other))
             similarities = _cosine(one[:shared], other[:shared])
             rows += [{"layer": layer, "position": p, "similarity": s} for p, s in enumerate(similarities)]

@@ -5,7 +5,7 @@ only the rows and columns in question are taken. No attention is written anew he
 windows, grouped queries, rotary positions or soft caps is what its own code does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +154,14 @@ class Part:
         return tensor if self.rows is None else tensor[self.rows]
 
 
+def reading(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None, past: Past | None = None
+) -> Part:
+    """Rows of tokens, whole, or each from the token of index starts[row] on."""
+    columns, visible = spans(starts or [0] * len(rows), [len(row) for row in rows], lm.device)
+    return Part(Calls(lm, rows), columns, visible, past)
+
+
 class Wanted(Part):
     """Some of a part's columns, which are all that the last block is run for.
 
@@ -236,7 +244,7 @@ def adds_value(lm: LanguageModel) -> bool:
     """
     if lm.adds_value is None:
         vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-        part = Part(Calls(lm, [[7 % vocabulary, 8 % vocabulary]]), *spans([0], [2], lm.device))
+        part = reading(lm, [[7 % vocabulary, 8 % vocabulary]])
         before = part.through(range(1))
         change = before.flip(-1)  # of the stream's own size, so that rounding does not hide it
         with replace(lm.projection(0), lambda values: values + change, shape=(1, 2)):

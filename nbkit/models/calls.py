@@ -27,15 +27,16 @@ class Calls:
     def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]):
         self.lm = lm
         self.arguments: list[dict[str, Any]] = []
-        with _passing(lm, self._note), capture(lm.block(lm.n_layers - 1), stop=True) as last:
+        with _blocks_say(lm, self._note), capture(lm.block(lm.n_layers - 1), stop=True) as last:
             lm.logits(pad(lm, rows, spare=1), keep=1)
         self.hidden = last.value
         self.cache = next(name for name in CACHES if name in self.arguments[0])
 
-    def _note(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note(self, block: nn.Module, *args, **kwargs) -> Tensor:
         bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
         named = {**bound, **bound.get("kwargs", {})}
         self.arguments.append({k: v for k, v in named.items() if k not in ("self", "kwargs", "hidden_states")})
+        return named["hidden_states"]
 
     def block(self, layer: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The residual stream after one block. arguments: this layer's, cut to the columns that `hidden` is of."""
@@ -49,28 +50,21 @@ def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Te
     width = lm.model.get_input_embeddings().weight.shape[1]
     blank = torch.zeros(len(hidden), 1, width, dtype=hidden.dtype, device=lm.device)
     positions = torch.zeros(len(hidden), 1, dtype=torch.long, device=lm.device)
-    with _passing(lm, enter=hidden[:, None]):
+    with _blocks_say(lm, lambda *_args, **_kwargs: hidden[:, None]):
         return lm.model(inputs_embeds=blank, position_ids=positions, use_cache=False).logits[:, 0]
 
 
 @contextmanager
-def _passing(
-    lm: LanguageModel, note: Callable[[nn.Module, tuple, dict], None] | None = None, enter: Tensor | None = None
-) -> Iterator[None]:
-    """Blocks hand on what they get, telling `note` how they were called; the first hands on `enter`, if given."""
+def _blocks_say(lm: LanguageModel, fn: Callable[..., Tensor]) -> Iterator[None]:
+    """No block runs; the residual stream after it is `fn(block, *args, **kwargs)`."""
 
-    def pass_on(block: nn.Module, *args, **kwargs):
-        if note is not None:
-            note(block, args, kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if enter is not None and block is first:
-            hidden = enter
+    def said(block: nn.Module, *args, **kwargs):
+        hidden = fn(block, *args, **kwargs)
         return (hidden, None) if lm.architecture.block_gives_tuple else hidden
 
-    first = lm.block(0)
     with ExitStack() as stack:
         for layer in range(lm.n_layers):
-            stack.enter_context(instead(lm.block(layer), pass_on))
+            stack.enter_context(instead(lm.block(layer), said))
         yield
 
 

@@ -16,13 +16,13 @@ from torch.nn.functional import pad as with_zeros
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
-from nbkit.models.blocks import Part, Wanted, with_value
-from nbkit.models.calls import Calls, to_logits
+from nbkit.models.blocks import Wanted, reading, with_value
+from nbkit.models.calls import to_logits
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget, by_cost, in_batches
 from nbkit.models.prompts import pad
 from nbkit.models.replay import can_replay
-from nbkit.models.rows import AskedRows, columns_of, filled, marked, spans
+from nbkit.models.rows import AskedRows, columns_of, filled, marked
 
 BAND = 16  # rows of like length that every edited model reads, in one pass
 REACH = 0.75  # edits go together when each has at least this share of the group's layers to run anyway
@@ -123,7 +123,7 @@ class SharedPass:
 
     def __init__(self, lm: LanguageModel, layer: int, rows: Sequence[Sequence[int]]):
         self.lm, self.layer = lm, layer
-        self.part = Part(Calls(lm, rows), *spans([0] * len(rows), [len(row) for row in rows], lm.device))
+        self.part = reading(lm, rows)
         self.block = self.part.watched(layer, self.part.through(range(layer)))
 
     def logits(

@@ -44,23 +44,20 @@ def capture(
     module: nn.Module, where: Where = "output", stop: bool = False, shape: tuple[int, int] | None = None
 ) -> Iterator[Kept]:
     """Keep the module's input or output tensor. With `stop` the forward pass ends here, and so does the `with` body."""
-    _check(where)
     kept = Kept()
 
-    def hook(_module, args, kwargs, output):
-        tensor = _first(output) if where == "output" else _argument(args, kwargs)[1]
-        kept.value = _unflatten(tensor, shape)
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.value = tensor
         if stop:
             raise _Stop(kept)
+        return tensor
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        yield kept
+        with replace(module, keep, where, shape):
+            yield kept
     except _Stop as stopped:
         if stopped.kept is not kept:  # another capture's, further out
             raise
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -71,28 +68,28 @@ def replace(
     shape: tuple[int, int] | None = None,
 ) -> Iterator[None]:
     """The pass goes on with `fn(tensor)` as the module's input or output. `fn` must not work in place."""
-    _check(where)
+    if where not in ("input", "output"):
+        raise ValueError(f"where must be 'input' or 'output', not {where!r}")
 
     def changed(tensor: torch.Tensor) -> torch.Tensor:
-        return fn(_unflatten(tensor, shape)).reshape(tensor.shape)
+        flat = shape is not None and tensor.dim() == 2
+        return fn(tensor.reshape(*shape, -1)).reshape(tensor.shape) if flat else fn(tensor)
 
     def output_hook(_module, _args, output):
         return changed(output) if isinstance(output, torch.Tensor) else (changed(output[0]), *output[1:])
 
     def input_hook(_module, args, kwargs):
-        name, tensor = _argument(args, kwargs)
-        if name is None:
-            return (changed(tensor), *args[1:]), kwargs
-        return args, {**kwargs, name: changed(tensor)}
+        if args:
+            return (changed(args[0]), *args[1:]), kwargs
+        name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+        return args, {**kwargs, name: changed(kwargs[name])}
 
     if where == "output":
         handle = module.register_forward_hook(output_hook)
     else:
         handle = module.register_forward_pre_hook(input_hook, with_kwargs=True)
-    try:
+    with handle:
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -107,23 +104,3 @@ def instead(module: nn.Module, fn: Callable) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-def _check(where: str) -> None:
-    if where not in ("input", "output"):
-        raise ValueError(f"where must be 'input' or 'output', not {where!r}")
-
-
-def _first(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _argument(args: tuple, kwargs: dict) -> tuple[str | None, torch.Tensor]:
-    """The module's first tensor argument, and its name if it was given by name (attention's `hidden_states`)."""
-    if args:
-        return None, args[0]
-    return next((name, value) for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-
-
-def _unflatten(tensor: torch.Tensor, shape: tuple[int, int] | None) -> torch.Tensor:
-    return tensor.reshape(*shape, -1) if shape is not None and tensor.dim() == 2 else tensor

@@ -74,11 +74,11 @@ class LanguageModel(EditableModel):
 
     @property
     def d_model(self) -> int:
-        return self.weight(0).shape[1 if self.architecture.transposed else 0]
+        return self.oriented(self.weight_name(0)).shape[0]
 
     @property
     def d_mlp(self) -> int:
-        return self.weight(0).shape[0 if self.architecture.transposed else 1]
+        return self.oriented(self.weight_name(0)).shape[1]
 
     @property
     def max_length(self) -> int:
@@ -216,9 +216,9 @@ def _check_folder(folder: Path, model_type: str) -> None:
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if found != model_type:
-        what = f"holds a model of another kind ({found})" if found else "is there already and holds no model"
+        held = None
+    if held != model_type:
+        what = f"holds a model of another kind ({held})" if held else "is there already and holds no model"
         raise ModelError(f"{folder} {what}; save this {model_type} model to a new folder")

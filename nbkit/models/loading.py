@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
-from nbkit.architectures import Architecture
 from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel, architecture_of, check_finite
 
@@ -44,7 +43,7 @@ def load(
             f"no model {name!r}: neither embedded ({', '.join(embedded_models()) or 'none'}), nor a folder with a "
             f"model of a known type, nor one that could be had from the Hugging Face hub. {error}"
         ) from error
-    architecture = architecture_of(config, name)
+    architecture_of(config, name)  # refuses a model before its weights are read
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = _dtype(dtype, config, device)
     try:
@@ -61,7 +60,7 @@ def load(
     check_finite(model, name, "the file is damaged")
     _align(model)
     lm = LanguageModel.wrap(model.to(device), tokenizer, name)
-    _check_bos(lm, architecture)
+    _check_bos(lm)
     return lm
 
 
@@ -75,10 +74,10 @@ def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtyp
     return getattr(torch, dtype)
 
 
-def _check_bos(lm: LanguageModel, architecture: Architecture) -> None:
+def _check_bos(lm: LanguageModel) -> None:
     """Warn when the tokenizer does not do what its family does: the token at position 0 changes every edit."""
     adds_bos = len(lm.tokenizer("a").input_ids) > len(lm.tokenizer("a", add_special_tokens=False).input_ids)
-    if adds_bos != architecture.adds_bos:
+    if adds_bos != lm.architecture.adds_bos:
         habit = "puts no token before a text" if not adds_bos else "puts a token before each text"
         warnings.warn(f"the tokenizer of {lm.name} {habit}, unlike its family's ({lm.config.model_type})", stacklevel=3)
 

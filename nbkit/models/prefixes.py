@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nbkit.models.blocks import KeyValue, Part, Past
-from nbkit.models.calls import Calls
+from nbkit.models.blocks import KeyValue, Part, Past, reading
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.rows import EditedRows, spans
+from nbkit.models.rows import EditedRows
 
 
 class Prefixes:
@@ -27,8 +26,7 @@ class Prefixes:
         self.before: dict[int, KeyValue] = {}
         if self.width:
             filled = [row or [lm.tokenizer.pad_token_id] for row in self.rows]  # nobody shares what an empty one has
-            columns, visible = spans([0] * len(filled), [len(row) for row in filled], lm.device)
-            Part(Calls(lm, filled), columns, visible).through(range(lm.n_layers), collected=self.before)
+            reading(lm, filled).through(range(lm.n_layers), collected=self.before)
 
     @classmethod
     def of_templates(cls, lm: LanguageModel, context_templates: Sequence[str]) -> "Prefixes":
@@ -51,9 +49,8 @@ class Prefixes:
         device = self.lm.device
         # A row reads at least its token that counts, so that its key is seen.
         of_rows = zip(rows.templates, rows.tokens, rows.indices, strict=True)
-        shared = [min(self.shared(template, row), index) for template, row, index in of_rows]
-        columns, visible = spans(shared, rows.lengths, device)
-        earlier = torch.arange(self.width, device=device).expand(len(columns), -1)
-        past = Past(earlier, earlier < columns[:, :1], self.before, torch.tensor(rows.templates, device=device))
-        part = Part(Calls(self.lm, rows.tokens), columns, visible, past)
-        return part, torch.tensor(rows.indices, device=device)[:, None] - columns[:, :1], part.through(layers)
+        starts = [min(self.shared(template, row), index) for template, row, index in of_rows]
+        start, index, template = (torch.tensor(x, device=device) for x in (starts, rows.indices, rows.templates))
+        earlier = torch.arange(self.width, device=device).expand(len(starts), -1)
+        part = reading(self.lm, rows.tokens, starts, Past(earlier, earlier < start[:, None], self.before, template))
+        return part, (index - start)[:, None], part.through(layers)

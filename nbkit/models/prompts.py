@@ -94,6 +94,12 @@ def subject_kind(lm: LanguageModel, request: EditRequest) -> Literal["one-token 
     return "one-token first" if len(tokens) == 1 else "several-token first"
 
 
+def request_columns(lm: LanguageModel, request: EditRequest) -> dict[str, str | None]:
+    """How tables name a request: case_id (as text), subject, subject_kind."""
+    case_id = None if request.case_id is None else str(request.case_id)
+    return {"case_id": case_id, "subject": request.subject, "subject_kind": subject_kind(lm, request)}
+
+
 def target_ids(lm: LanguageModel, target: str) -> list[int]:
     """Token ids of `target` as it continues a text: after a space, without special tokens.
 

@@ -35,21 +35,19 @@ class Replay:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, lm: LanguageModel, layer: int, rows: EditedRows, prefixes: Prefixes, site: Site = "projection"
-    ):
+    def __init__(self, lm: LanguageModel, layer: int, rows: EditedRows, prefixes: Prefixes, site: Site = "projection"):
         self.lm, self.layer, self.site, self.rows = lm, layer, site, rows
         self.above = range(layer + 1, lm.n_layers)
         self.edits = torch.tensor(rows.edits, device=lm.device)
         read, places, hidden = prefixes.read_on(rows, range(layer))
         block = read.watched(layer, hidden)
         self.token = block.at(places)
-        columns, visible = spans(rows.indices, rows.lengths, lm.device)
+        columns, visible = spans(rows.indices, [len(row) for row in rows.tokens], lm.device)
         self.output = columns_of(block.output, columns - read.columns[:, :1])
         self.part = Part(read.calls, columns, visible, self._past(read, places, block.output))
         # Among the columns from the token that counts on.
         wanted = [[token - i for token in tokens] for tokens, i in zip(rows.wanted, rows.indices, strict=True)]
-        wanted_places, self.real = (part.to(lm.device) for part in filled(wanted))
+        wanted_places, self.real = (tensor.to(lm.device) for tensor in filled(wanted))
         self.wanted = Wanted(self.part, wanted_places)
 
     def _past(self, read: Part, places: Int[Tensor, "row 1"], output: Float[Tensor, "row column d_model"]) -> Past:
@@ -62,7 +60,7 @@ class Replay:
             between.through(self.above, output[some, :width], made)
         before: dict[int, KeyValue] = {}
         for layer in self.above:
-            later = [tuple(_spread(part, some, n_rows) for part in made[layer])] if width else []
+            later = [tuple(_spread(tensor, some, n_rows) for tensor in made[layer])] if width else []
             if later or layer in read.past.before:
                 before[layer] = read.past.followed_by(layer, *later)
         return Past(torch.cat([read.past.columns, columns], 1), torch.cat([read.past.visible, visible], 1), before)
@@ -184,6 +182,6 @@ def _disagreement(lm: LanguageModel) -> str:
     return "" if error <= allowed else f"logits differ by {error:.1e} of the largest"
 
 
-def _spread(part: Tensor, rows: Int[Tensor, " some"], n_rows: int) -> Tensor:
-    """`part`, which has some rows only, with zeros for the others: they are never seen, but must be numbers."""
-    return part.new_zeros(n_rows, *part.shape[1:]).index_copy(0, rows, part)
+def _spread(tensor: Tensor, rows: Int[Tensor, " some"], n_rows: int) -> Tensor:
+    """A tensor of some rows only with zeros for the others: they are never seen, but must be numbers."""
+    return tensor.new_zeros(n_rows, *tensor.shape[1:]).index_copy(0, rows, tensor)

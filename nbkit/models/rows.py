@@ -54,10 +54,6 @@ class EditedRows:
     wanted: Sequence[Sequence[int]] = ()
     edits: Sequence[int] = ()
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) for row in self.tokens]
-
     def of(self, edits: Sequence[int]) -> tuple["EditedRows", list[int]]:
         """The rows of these edits, which are numbered anew from 0, in order; and which rows these are."""
         number = {old: new for new, old in enumerate(edits)}

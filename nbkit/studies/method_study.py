@@ -108,11 +108,11 @@ def by_digest(requests: Sequence[EditRequest]) -> dict[str, EditRequest]:
 
 
 def described(lm: LanguageModel, request: EditRequest) -> dict[str, Any]:
+    about = prompts.request_columns(lm, request)
     return {
-        "case_id": None if request.case_id is None else str(request.case_id),
+        "case_id": about.pop("case_id"),
         "prompt": request.prompt,
-        "subject": request.subject,
-        "subject_kind": prompts.subject_kind(lm, request),
+        **about,
         "target_new": request.target_new,
         "target_true": request.target_true,
         "relation_id": request.relation_id,

@@ -16,7 +16,7 @@ from nbkit.keys.extract import keys_in_contexts
 from nbkit.methods.rome import update_direction
 from nbkit.methods.verbs import SecondMomentLike, settings_for
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import subject_kind
+from nbkit.models.prompts import request_columns
 from nbkit.records.requests import EditRequest
 
 
@@ -50,15 +50,7 @@ def collapse_risk(
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
         bound = largest / denominator
         numbers[places] = torch.stack([denominator, norm, bound, bound / weight_norm], 1).cpu()
-    about = [
-        {
-            "case_id": None if request.case_id is None else str(request.case_id),
-            "subject": request.subject,
-            "subject_kind": subject_kind(lm, request),
-            "layer": parameters.layer,
-            "key_mode": parameters.key_mode,
-        }
-        for request in requests
-    ]
+    here = {"layer": parameters.layer, "key_mode": parameters.key_mode}
+    about = [{**request_columns(lm, request), **here} for request in requests]
     measured = pd.DataFrame(numbers.numpy(), columns=["denominator", "value_norm", "update_norm_bound", "risk"])
     return pd.concat([pd.DataFrame(about), measured], axis=1)
