@@ -17,7 +17,7 @@ import torch
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError
-from nbkit.methods.mend.gradients import Continuation, TokenGradients, continuations, token_gradients
+from nbkit.methods.mend.gradients import Continuation, continuations, token_gradients
 from nbkit.methods.mend.hypernetwork import Hypernetwork
 from nbkit.methods.mend.weights_file import load_hypernetwork, weights_path
 from nbkit.methods.method import Setting, side_by_side
@@ -47,15 +47,10 @@ def mend_files(lm: LanguageModel, parameters: MendParameters) -> list[Path]:
 
 def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting) -> list[Edit]:
     """One edit a request, all of the model as it is, which is not changed; many in one pass, each by its own tokens."""
-    parameters: MendParameters = setting.parameters
     edits: dict[int, Edit] = {}
-    for places, gradients, updates in _passes(lm, requests, setting):
-        nlls = gradients.nll.tolist()
-        for row, place in enumerate(places):
-            deltas = {name: of_rows[row] for name, of_rows in updates.items()}
-            info = _info(deltas, nlls[row : row + 1], gradients.n_tokens[row])
-            info["subject_kind"] = subject_kind(lm, requests[place])
-            edits[place] = Edit(deltas, (requests[place],), "mend", asdict(parameters), info)
+    for place, deltas, nll, n_tokens in _updates(lm, requests, setting):
+        info = _info(deltas, [nll], n_tokens, subject_kind(lm, requests[place]))
+        edits[place] = Edit(deltas, (requests[place],), "mend", asdict(setting.parameters), info)
     return [edits[place] for place in range(len(requests))]
 
 
@@ -64,24 +59,22 @@ def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], setting: S
 
     Low-rank as long as that takes fewer numbers than the matrix itself.
     """
-    parameters: MendParameters = setting.parameters
-    deltas: dict[str, LowRank | Dense] = {}
+    summed: dict[str, LowRank | Dense] = {}
     nlls, n_tokens = [], 0
-    for _, gradients, updates in _passes(lm, requests, setting):
-        for name, of_rows in updates.items():
-            for update in of_rows:
-                deltas[name] = _plus(deltas[name], update) if name in deltas else update
-        nlls += gradients.nll.tolist()
-        n_tokens += sum(gradients.n_tokens)
-    info = _info(deltas, nlls, n_tokens)
-    info["subject_kind"] = [subject_kind(lm, request) for request in requests]
-    return Edit(deltas, tuple(requests), "mend", asdict(parameters), info)
+    for _, deltas, nll, n_read in _updates(lm, requests, setting):
+        for name, delta in deltas.items():
+            summed[name] = _plus(summed[name], delta) if name in summed else delta
+        nlls.append(nll)
+        n_tokens += n_read
+    info = _info(summed, nlls, n_tokens, [subject_kind(lm, request) for request in requests])
+    return Edit(summed, tuple(requests), "mend", asdict(setting.parameters), info)
 
 
-def _passes(
+def _updates(
     lm: LanguageModel, requests: Sequence[EditRequest], setting: Setting
-) -> Iterator[tuple[list[int], TokenGradients, dict[str, list[LowRank]]]]:
-    """Places of the requests of one pass, their gradients and updates; requests of like length share a pass."""
+) -> Iterator[tuple[int, dict[str, LowRank], float, int]]:
+    """Of each request its place, its updates, the target's nll and the tokens read; those of like length come together,
+    from one pass."""
     parameters: MendParameters = setting.parameters
     hypernetwork = load_hypernetwork(lm, parameters.weights)
     asked = []
@@ -90,19 +83,17 @@ def _passes(
             asked += continuations(lm, [request.text], [request.target_new])
 
     @torch.no_grad()
-    def compute(places: Sequence[int]) -> tuple[TokenGradients, dict[str, list[LowRank]]]:
+    def compute(places: Sequence[int]) -> list[tuple[int, dict[str, LowRank], float, int]]:
         gradients = token_gradients(lm, [asked[place] for place in places], hypernetwork.shapes)
-        updates: dict[str, list[LowRank]] = {}
+        deltas: list[dict[str, LowRank]] = [{} for _ in places]
         for name, left, right in hypernetwork.factors(gradients, parameters.lr_scale):
-            gives = gradients.gives[name]
-            updates[name] = [
-                LowRank(left[row][:, gives[row]].clone(), right[row][gives[row]].clone()) for row in range(len(places))
-            ]
-        return gradients, updates
+            for row, gives in enumerate(gradients.gives[name]):
+                deltas[row][name] = LowRank(left[row][:, gives].clone(), right[row][gives].clone())
+        return list(zip(places, deltas, gradients.nll.tolist(), gradients.n_tokens, strict=True))
 
     lengths = [len(one.row) for one in asked]
-    for places, made in side_by_side(setting, lengths, _edits_at_once(lm, asked, hypernetwork), compute, "mend"):
-        yield places, *made
+    for _, made in side_by_side(setting, lengths, _edits_at_once(lm, asked, hypernetwork), compute, "mend"):
+        yield from made
 
 
 def _edits_at_once(lm: LanguageModel, asked: Sequence[Continuation], hypernetwork: Hypernetwork) -> int:
@@ -111,12 +102,15 @@ def _edits_at_once(lm: LanguageModel, asked: Sequence[Continuation], hypernetwor
     return budget(lm.device) // Footprint(longest, 0, n_layers, n_logits, backward=True).bytes(lm)
 
 
-def _info(deltas: Mapping[str, LowRank | Dense], nlls: Sequence[float], n_tokens: int) -> dict[str, object]:
+def _info(
+    deltas: Mapping[str, LowRank | Dense], nlls: Sequence[float], n_tokens: int, kind: str | list[str]
+) -> dict[str, object]:
     return {
-        "update_norm": math.sqrt(sum(delta.norm() ** 2 for delta in deltas.values())),
+        "update_norm": Edit(deltas).norm(),
         "losses": [[sum(nlls) / len(nlls)]],
         "target_probability": sum(math.exp(-nll) for nll in nlls) / len(nlls),
         "n_tokens": n_tokens,
+        "subject_kind": kind,
     }
 
 
