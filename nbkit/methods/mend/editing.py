@@ -16,9 +16,9 @@ import torch
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank, Update
-from nbkit.methods.mend.gradients import TokenGradients, token_gradients
+from nbkit.methods.mend.gradients import token_gradients
 from nbkit.methods.mend.weights_file import load_hypernetwork, weights_path
-from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made
 from nbkit.models.continuations import row_bytes, wished
 from nbkit.models.edited import layer_of
 from nbkit.models.language_model import LanguageModel
@@ -43,17 +43,11 @@ def mend_files(lm: LanguageModel, parameters: MendParameters) -> list[Path]:
 
 def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, all of the model as it is, which is not changed; many in one pass, each by its own tokens."""
-
-    def edits(
-        places: Sequence[int], gradients: TokenGradients, updates: Mapping[str, Sequence[LowRank]]
-    ) -> Iterator[Edit]:
-        nlls = gradients.nll.tolist()
-        for row, place in enumerate(places):
-            deltas = {name: of_rows[row] for name, of_rows in updates.items()}
-            info = _info(deltas, nlls[row : row + 1], gradients.n_tokens[row])
-            yield edit_made(lm, [requests[place]], settings, deltas, info)
-
-    return in_order((places, list(edits(places, *made))) for places, *made in _passes(lm, requests, settings))
+    edits = {
+        place: edit_made(lm, [requests[place]], settings, deltas, _info(deltas, [nll], n_tokens))
+        for place, deltas, nll, n_tokens in _updates(lm, requests, settings)
+    }
+    return [edits[place] for place in sorted(edits)]
 
 
 def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
@@ -61,43 +55,39 @@ def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: 
 
     Low-rank as long as that takes fewer numbers than the matrix itself.
     """
-    deltas: dict[str, Update] = {}
+    summed: dict[str, Update] = {}
     nlls, n_tokens = [], 0
-    for _, gradients, updates in _passes(lm, requests, settings):
-        for name, of_rows in updates.items():
-            for update in of_rows:
-                deltas[name] = _plus(deltas[name], update) if name in deltas else update
-        nlls += gradients.nll.tolist()
-        n_tokens += sum(gradients.n_tokens)
-    info = _info(deltas, nlls, n_tokens)
-    if len(requests) > 1:
-        info["subject_kind"] = [subject_kind(lm, request) for request in requests]
-    return edit_made(lm, requests, settings, deltas, info)
+    for _, deltas, nll, n_read in _updates(lm, requests, settings):
+        for name, delta in deltas.items():
+            summed[name] = _plus(summed[name], delta) if name in summed else delta
+        nlls.append(nll)
+        n_tokens += n_read
+    kinds = {"subject_kind": [subject_kind(lm, request) for request in requests]}
+    return edit_made(lm, requests, settings, summed, _info(summed, nlls, n_tokens) | kinds)
 
 
-def _passes(
+def _updates(
     lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings
-) -> Iterator[tuple[list[int], TokenGradients, dict[str, list[LowRank]]]]:
-    """Places of the requests of one pass, their gradients and updates; requests of like length share a pass."""
+) -> Iterator[tuple[int, dict[str, LowRank], float, int]]:
+    """Of each request its place, its updates, the target's nll and the tokens read; those of like length come together,
+    from one pass."""
     parameters: MendParameters = settings.parameters
     hypernetwork = load_hypernetwork(lm, parameters.weights)
     asked = wished(lm, requests)
 
     @torch.no_grad()
-    def compute(places: Sequence[int]) -> tuple[TokenGradients, dict[str, list[LowRank]]]:
+    def compute(places: Sequence[int]) -> list[tuple[int, dict[str, LowRank], float, int]]:
         gradients = token_gradients(lm, [asked[place] for place in places], hypernetwork.shapes)
-        updates: dict[str, list[LowRank]] = {}
+        deltas: list[dict[str, LowRank]] = [{} for _ in places]
         for name, left, right in hypernetwork.factors(gradients, parameters.lr_scale):
-            gives = gradients.gives[name]
-            updates[name] = [
-                LowRank(left[row][:, gives[row]].clone(), right[row][gives[row]].clone()) for row in range(len(places))
-            ]
-        return gradients, updates
+            for row, gives in enumerate(gradients.gives[name]):
+                deltas[row][name] = LowRank(left[row][:, gives].clone(), right[row][gives].clone())
+        return list(zip(places, deltas, gradients.nll.tolist(), gradients.n_tokens, strict=True))
 
     lengths = [len(one.row) for one in asked]
     at_once = budget(lm.device) // row_bytes(lm, asked, min(layer_of(lm, name) for name in hypernetwork.shapes))
-    for places, made in batches_by_cost(settings, lengths, at_once, compute, "mend"):
-        yield places, *made
+    for _, made in batches_by_cost(settings, lengths, at_once, compute, "mend"):
+        yield from made
 
 
 def _info(deltas: Mapping[str, Update], nlls: Sequence[float], n_tokens: int) -> dict[str, object]:

@@ -112,9 +112,6 @@ def mlp_weights(lm: LanguageModel, layer: int) -> dict[str, tuple[int, int]]:
     """The MLP's matrices of a layer, {weight name: (d_out, d_in)}: those beside its output projection, and that."""
     lm.check_layer(layer)
     parent = lm.architecture.projection_path(layer).rpartition(".")[0]
-    shapes = {}
-    for name, module in lm.model.get_submodule(parent).named_children():
-        if isinstance(module, nn.Linear | Conv1D):
-            shape = tuple(module.weight.shape)
-            shapes[f"{parent}.{name}.weight"] = shape[::-1] if lm.architecture.transposed else shape
-    return shapes
+    children = lm.model.get_submodule(parent).named_children()
+    names = [f"{parent}.{name}.weight" for name, module in children if isinstance(module, nn.Linear | Conv1D)]
+    return {name: tuple(lm.oriented(name).shape) for name in names}

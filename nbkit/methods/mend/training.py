@@ -168,9 +168,11 @@ class MendTraining:
         generator = torch.Generator().manual_seed(recipe.seed)
         self.hypernetwork = Hypernetwork(shapes, recipe.rank, recipe.n_hidden, recipe.first_rate, generator)
         self.hypernetwork.to(lm.device, torch.promote_types(lm.dtype, torch.float32))
-        transforms = list(self.hypernetwork.transforms.parameters())
-        groups = [{"params": transforms}, {"params": [self.hypernetwork.log_rate]}]
-        self.optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate)
+        groups = [
+            {"params": list(self.hypernetwork.transforms.parameters()), "peak": recipe.learning_rate},
+            {"params": [self.hypernetwork.log_rate], "peak": recipe.rate_learning_rate},
+        ]
+        self.optimizer = torch.optim.Adam(groups)
         self.step = 0
         self.log: list[dict[str, float]] = []
         self.keep_as_best()
@@ -188,10 +190,8 @@ class MendTraining:
     def make_step(self, examples: Sequence[Example]) -> None:
         recipe = self.recipe
         share = min(1.0, (recipe.n_steps - self.step) / max(1.0, recipe.decay * recipe.n_steps))
-        for group, rate in zip(
-            self.optimizer.param_groups, (recipe.learning_rate, recipe.rate_learning_rate), strict=True
-        ):
-            group["lr"] = rate * share
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
         self.losses.append(self._mean_losses(examples))
         torch.nn.utils.clip_grad_norm_(self.hypernetwork.parameters(), recipe.grad_clip)
         self.optimizer.step()
