@@ -458,7 +458,7 @@ def test_a_file_changes_the_shipped_recipe_and_single_values_change_the_file(tmp
         ({"ranks": "9"}, "a recipe has no ranks; it has n_last_layers, rank, .*data, texts"),
         ({"rank": "nine"}, "rank must be int, not 'nine'"),
         ({"rank": "0"}, "rank must be a whole number from 1 on, not 0"),
-        ({"rank": 1.5}, "rank must be int, not 1.5"),
+        ({"rank": 1.5}, "rank must be a whole number from 1 on, not 1.5"),
         ({"data": ""}, "give it a file of requests to train on"),
     ],
 )
