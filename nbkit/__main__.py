@@ -64,16 +64,16 @@ def figures(
     from nbkit import batch, paths
 
     folder = notebooks or batch.NOTEBOOKS
-    found = sorted(folder.glob("*.ipynb"))
-    if not found:
+    all_of_them = sorted(folder.glob("*.ipynb"))
+    if not all_of_them:
         raise NbkitError(f"there are no notebooks in {folder}")
-    failures = batch.run_all(found, out)
+    failures = batch.run_all(all_of_them, out)
     for error in failures.values():
         typer.echo(f"\n{error}", err=True)
     if failures:
         names = ", ".join(path.name for path in failures)
-        raise NbkitError(f"{len(failures)} of {len(found)} notebooks failed: {names}")
-    typer.echo(f"{len(found)} notebooks done; figures are in {paths.FIGURES}")
+        raise NbkitError(f"{len(failures)} of {len(all_of_them)} notebooks failed: {names}")
+    typer.echo(f"{len(all_of_them)} notebooks done; figures are in {paths.FIGURES}")
 
 
 @app.command(cls=PairsCommand)

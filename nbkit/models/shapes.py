@@ -18,6 +18,7 @@ from nbkit import paths
 from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import free_memory
+from nbkit.records import embedded
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ SHAPES: dict[str, Shape] = {
         layer=5,
     ),
 }  # fmt: skip
-TOKENIZER = "miniworld-gpt2"  # of every shape: its vocabulary is smaller than theirs, which costs and gains nothing
+# Of every shape: its vocabulary is smaller than theirs, which costs and gains nothing.
+TOKENIZER = next(iter(embedded.MODELS))
 
 # name -> (dtype of the weights, torch's precision of float32 products)
 PRECISIONS = {

@@ -42,9 +42,9 @@ def collapse_risk(
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), 4, dtype=torch.float64)
-    for places, found in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
-        key, value_now, u = update_direction(found, settings.second_moments, parameters.layer, parameters.key_mode)
-        value_init = found.values[:, 0]
+    for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
+        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters.layer, parameters.key_mode)
+        value_init = of_batch.values[:, 0]
         denominator = (key.double() * u).sum(-1).abs()
         norm = value_init.double().norm(dim=-1)
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
