@@ -168,6 +168,17 @@ def test_batches_do_not_matter(tiny, texts, batch_size):
         torch.testing.assert_close(found[pair], expected[pair], rtol=1e-10, atol=1e-10)
 
 
+def test_edits_without_rows_give_no_logits_and_do_not_change_how_others_run(tiny, texts):
+    asked = AskedRows([tiny.tokenizer(text).input_ids for text in texts[:2]], wanted=[[0, 2], [1]])
+    edits = low_rank_edits(tiny)[:3]
+    assert list(edited_logits(tiny, edits, asked, [[], [], []])) == []
+    assert list(edited_logits(tiny, edits[:1], asked, [[]])) == []
+    pairs = [pair for pairs, _ in edited_logits(tiny, edits, asked, [[0, 1], [], [0, 1]]) for pair in pairs]
+    assert sorted(pairs) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    bands = list(edited._bands(asked, {0: [0, 1], 1: [], 2: [0, 1]}))
+    assert bands == [{0: [0, 1], 2: [0, 1]}]  # each with its own rows: not all read the same
+
+
 def test_updates_elsewhere_in_a_layer_and_outside_all_layers(tiny, texts, monkeypatch):
     inner = tiny.weight_name(1).replace("c_proj", "c_fc")
     up = Dense(0.02 * torch.randn(tiny.d_mlp, tiny.d_model, dtype=tiny.dtype))

@@ -190,7 +190,7 @@ def edited_logits(
                     for rows, logits in plain_logits(lm, asked, rows_of[edit], batch_size or 64):
                         yield [(edit, row) for row in rows], logits
         else:
-            for band in _bands(asked, {edit: rows_of[edit] for edit in group if rows_of[edit]}):
+            for band in _bands(asked, {edit: rows_of[edit] for edit in group}):
                 yield from _together(lm, layer, edits, asked, band, batch_size)
 
 
