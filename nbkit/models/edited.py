@@ -210,7 +210,7 @@ def plain_logits(
 
 def _bands(asked: AskedRows, rows_of: Mapping[int, Sequence[int]]) -> Iterator[Mapping[int, Sequence[int]]]:
     """Which rows of which edits run together: rows that all edits read by like length, else each edit with its own."""
-    common = list(next(iter(rows_of.values()), ()))
+    common = list(next(iter(rows_of.values())))
     if len(rows_of) > 1 and all(list(rows) == common for rows in rows_of.values()):
         order = sorted(common, key=lambda row: len(asked.tokens[row]))
         for start in range(0, len(order), BAND):

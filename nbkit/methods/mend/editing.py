@@ -18,7 +18,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank, Update
 from nbkit.methods.mend.gradients import token_gradients
 from nbkit.methods.mend.weights_file import load_hypernetwork, weights_path
-from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
 from nbkit.models.continuations import row_bytes, wished
 from nbkit.models.edited import layer_of
 from nbkit.models.language_model import LanguageModel
@@ -43,11 +43,10 @@ def mend_files(lm: LanguageModel, parameters: MendParameters) -> list[Path]:
 
 def mend_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, all of the model as it is, which is not changed; many in one pass, each by its own tokens."""
-    edits = {
-        place: edit_made(lm, [requests[place]], settings, deltas, _info(deltas, [nll], n_tokens))
+    return in_order(
+        ([place], [edit_made(lm, [requests[place]], settings, deltas, _info(deltas, [nll], n_tokens))])
         for place, deltas, nll, n_tokens in _updates(lm, requests, settings)
-    }
-    return [edits[place] for place in sorted(edits)]
+    )
 
 
 def mend_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
