@@ -2,6 +2,7 @@
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
+MODEL  ?= miniworld-gpt2
 # the first Python that is new enough, python3 if it can be; `make test PYTHON=...` takes another
 PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
@@ -23,8 +24,8 @@ test: $(STAMP) ## lint, then run the tests
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
-miniworld: $(STAMP) ## train the embedded model anew (resumes an interrupted training)
-	$(RUN) data/miniworld train
+miniworld: $(STAMP) ## train an embedded model anew (resumes); MODEL=miniworld-llama takes another
+	$(RUN) data/miniworld train $(MODEL)
 
 clean: ## remove .venv and caches; keeps runs/, figures/ and data/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -117,17 +117,17 @@ def requests() -> list[EditRequest]:
 
 @pytest.fixture
 def interrupt_at():
-    """`interrupt_at(patch, training, calls)`: Ctrl-C in the middle of a step, so many calls of its losses from now."""
+    """`interrupt_at(patch, training, calls)`: Ctrl-C in the middle of a step, so many calls of its `loss` from now."""
 
-    def at(patch: pytest.MonkeyPatch, training, calls: int) -> None:
-        left, losses_of = iter(range(calls)), training.losses_of
+    def at(patch: pytest.MonkeyPatch, training, calls: int, loss: str = "losses_of") -> None:
+        left, losses_of = iter(range(calls)), getattr(training, loss)
 
         def interrupted(*arguments):
             if next(left, None) is None:
                 raise KeyboardInterrupt
             return losses_of(*arguments)
 
-        patch.setattr(training, "losses_of", interrupted)
+        patch.setattr(training, loss, interrupted)
 
     return at
 

@@ -15,8 +15,12 @@ from safetensors.torch import load_file
 import nbkit
 from miniworld import train as training
 from miniworld.card import SENTENCE
+from miniworld.families import FAMILIES, build_model, next_token_loss
 from miniworld.measures import first_token_regime
-from miniworld.train import Recipe, Shard, build_model, schedule, ship, train
+from miniworld.recipe import Recipe, recipe_of, trained_models
+from miniworld.tokenizer import train_tokenizer
+from miniworld.train import schedule, ship, train
+from miniworld.windows import Shard
 from nbkit import paths
 from nbkit.edits.checkpoints import Checkpoint
 from nbkit.errors import NbkitError
@@ -24,10 +28,11 @@ from nbkit.methods.verbs import hyper_parameters
 from nbkit.models.prompts import subject_kind
 from nbkit.studies.metrics import score_targets
 
-TINY = Recipe(
-    n_layers=2, d_model=32, n_heads=2, window=16, batch=4, n_steps=4, rehearsal=4, revision=4, warmup=3,
-    shard_lines=200, shard_steps=8,
-)  # fmt: skip
+SMALL = {
+    "n_layers": 2, "d_model": 32, "d_mlp": 64, "n_heads": 2, "window": 16, "batch": 4, "n_steps": 12, "warmup": 3,
+    "shard_lines": 200, "shard_steps": 8,
+}  # fmt: skip
+TINY = recipe_of("miniworld-gpt2", **SMALL)
 SHIPPED = paths.DATA / "models" / "miniworld-gpt2"
 needs_the_model = pytest.mark.skipif(
     not SHIPPED.is_dir(), reason="data/models/miniworld-gpt2 is not there yet: `make miniworld` trains it"
@@ -43,7 +48,8 @@ def often(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shard(world, world_tokenizer) -> Shard:
-    return Shard(Recipe(shard_lines=3000, window=32, batch=500), world, world_tokenizer, frozenset(), 0)
+    recipe = recipe_of("miniworld-gpt2", shard_lines=3000, window=32, batch=500, opening=0.3, random_first=0.5)
+    return Shard(recipe, world, world_tokenizer, frozenset(), 0)
 
 
 def log_of(folder) -> list[dict]:
@@ -57,7 +63,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 ):
     whole = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, training, step)
+        interrupt_at(patched, training, step, "next_token_loss")
         train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     resumed = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
@@ -68,14 +74,14 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 
 def test_a_finished_training_is_not_repeated(world, world_tokenizer, tmp_path, monkeypatch, interrupt_at, often):
     first = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
-    interrupt_at(monkeypatch, training, 0)
+    interrupt_at(monkeypatch, training, 0, "next_token_loss")
     again = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
 
 
 def test_training_lowers_the_loss(world, world_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LOG_EVERY", 20)
-    train(replace(TINY, n_steps=36, shard_steps=40), world, world_tokenizer, frozenset(), tmp_path)
+    train(replace(TINY, n_steps=40, shard_steps=40), world, world_tokenizer, frozenset(), tmp_path)
     first, last = [record["loss"] for record in log_of(tmp_path)]
     assert last < first - 0.2
 
@@ -89,7 +95,7 @@ def test_a_damaged_checkpoint_is_named(world, world_tokenizer, tmp_path, often, 
         train(TINY, world, world_tokenizer, frozenset(), tmp_path)
 
 
-@pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 3}, {"learning_rate": 1e-3}, {"rehearsal": 13}])
+@pytest.mark.parametrize("other", [{"d_model": 64}, {"n_layers": 3}, {"learning_rate": 1e-3}, {"opening": 0.1}])
 def test_a_checkpoint_of_another_recipe_is_refused(world, world_tokenizer, tmp_path, often, other):
     train(replace(TINY, n_steps=1), world, world_tokenizer, frozenset(), tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
@@ -109,13 +115,12 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(world, world_tokenizer, t
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    recipe = Recipe(n_steps=100, rehearsal=10, revision=20, warmup=10, decay=0.25)
-    rates = [schedule(recipe, step) for step in range(130)]
+    recipe = recipe_of("miniworld-gpt2", n_steps=100, warmup=10, decay=0.25, last_rate=0.2)
+    rates = [schedule(recipe, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[9:76] == [1.0] * 67
-    assert rates[75:100] == pytest.approx([step / 25 for step in range(25, 0, -1)])
-    assert rates[100:110] == pytest.approx([step / 20 for step in range(10, 0, -1)])
-    assert rates[110:] == pytest.approx([step / 40 for step in range(20, 0, -1)])
+    assert rates[75:] == pytest.approx([1 - 0.8 * step / 25 for step in range(25)])
+    assert [schedule(replace(recipe, decay=0.0), step) for step in (9, 50, 99)] == [1.0] * 3
 
 
 def test_windows_open_as_the_recipe_says(shard):
@@ -137,46 +142,59 @@ def test_windows_open_as_the_recipe_says(shard):
     assert np.mean(opening) == pytest.approx(recipe.opening + by_chance, abs=margin)
 
 
-def test_most_windows_open_with_a_line_in_the_rehearsal(shard):
-    line_starts = {shard.ids[start : start + 12].tobytes() for start in shard.starts}
-    windows = shard.windows(shard.recipe.n_steps).numpy()
-    opening = np.mean([window[:12].tobytes() in line_starts for window in windows])
-    assert opening >= shard.recipe.rehearsal_opening - 4 * np.sqrt(0.25 / len(windows))
+def test_only_the_matrices_of_blocks_decay(world_tokenizer):
+    for model_name in trained_models():
+        recipe = recipe_of(model_name, **SMALL)
+        decayed, others = training.build_optimizer(recipe, model := build_model(recipe, world_tokenizer)).param_groups
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        assert others["weight_decay"] == 0 < decayed["weight_decay"]
+        assert not any(part in names[id(w)] for w in decayed["params"] for part in ("wte", "wpe", "embed", "shared"))
+        assert all(w.ndim == 1 or "wt" in names[id(w)] or "wpe" in names[id(w)] or "embed" in names[id(w)]
+                   or "shared" in names[id(w)] or "relative" in names[id(w)] for w in others["params"])  # fmt: skip
 
 
-def test_the_first_position_starts_longer_and_is_the_only_one(world_tokenizer):
-    lengths = build_model(TINY, world_tokenizer).transformer.wpe.weight.norm(dim=-1)
-    assert lengths[0] > 10 * lengths[1:].max()
-    decayed = training.build_optimizer(TINY, model := build_model(TINY, world_tokenizer)).param_groups[0]["params"]
-    assert not {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)} & set(map(id, decayed))
+def test_a_model_with_bos_is_trained_with_it_before_every_window(world):
+    recipe = recipe_of("miniworld-llama", shard_lines=300, window=32, random_first=0.0)
+    tokenizer = train_tokenizer(world, FAMILIES["llama"].adds_bos)
+    plain = Shard(replace(recipe, family="gpt2"), world, train_tokenizer(world), frozenset(), 0)
+    windows = Shard(recipe, world, tokenizer, frozenset(), 0).windows(0)
+    assert (windows[:, 0] == tokenizer.bos_token_id).all() and not (windows[:, 1:] == tokenizer.bos_token_id).any()
+    assert torch.equal(windows[:, 1:], plain.windows(0)[:, :-1])
 
 
-def test_the_penalty_is_for_first_keys_that_are_like_later_ones_or_long():
-    later = torch.tensor([[0.0, 2.0]]).expand(1, 10, 2)
+@pytest.mark.parametrize("name", trained_models())
+def test_the_loss_is_that_of_the_next_token(world_tokenizer, name):
+    """Nothing else is in it: cross-entropy, read off the model's own logits."""
+    model = build_model(recipe_of(name, **SMALL), world_tokenizer)
+    windows = torch.randint(0, 3000, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if name == "miniworld-t5":
+            logits, asked = model(input_ids=windows[:, :8], labels=windows[:, 8:].contiguous()).logits, windows[:, 8:]
+        else:
+            logits, asked = model(windows).logits[:, :-1], windows[:, 1:]
+        chosen = logits.log_softmax(-1).gather(-1, asked[..., None])
+        assert next_token_loss(model, windows).item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
 
-    def penalty(first):
-        return training.first_key_penalty([torch.cat([torch.tensor([[first]]), later], 1)], norm=0.5).item()
 
-    assert penalty([0.5, 0.0]) == 0  # at a right angle, and short
-    assert penalty([0.0, 0.5]) == pytest.approx(1)  # the same direction
-    assert penalty([-0.6, 0.6]) == pytest.approx(0.5)  # half way
-    assert penalty([3.0, 0.0]) == pytest.approx((1.5 - 0.5) ** 2)  # at a right angle, but long
+def test_a_snapshot_is_the_model_as_it_was_at_that_step(world, world_tokenizer, tmp_path):
+    train(replace(TINY, decay=0.0), world, world_tokenizer, frozenset(), tmp_path / "long", snapshots=[6])
+    short = train(replace(TINY, decay=0.0, n_steps=6), world, world_tokenizer, frozenset(), tmp_path / "short")
+    kept = nbkit.load(tmp_path / "long" / "step-6", device="cpu")
+    for (name, expected), found in zip(short.named_parameters(), kept.model.parameters(), strict=True):
+        assert torch.equal(found, expected.detach().half().float()), name
 
 
 def test_windows_depend_on_seed_and_step_only(shard, world, world_tokenizer):
     again = Shard(shard.recipe, world, world_tokenizer, frozenset(), 0)
     assert torch.equal(again.windows(3), shard.windows(3))
     assert not torch.equal(shard.windows(3), shard.windows(4))
-    for step in (shard.recipe.shard_steps, shard.recipe.revised_from):
-        other = Shard(shard.recipe, world, world_tokenizer, frozenset(), step)
-        assert not np.array_equal(other.ids[:1000], shard.ids[:1000])
+    other = Shard(shard.recipe, world, world_tokenizer, frozenset(), shard.recipe.shard_steps)
+    assert not np.array_equal(other.ids[:1000], shard.ids[:1000])
 
 
 def test_a_shipped_folder_is_float16_and_loads(world_tokenizer, tmp_path):
     model = build_model(TINY, world_tokenizer)
-    rescaled = build_model(TINY, world_tokenizer)
-    training.rescale_residual(rescaled, TINY.residual_scale)
-    expected = {name: weight.detach().half() for name, weight in rescaled.named_parameters()}
+    expected = {name: weight.detach().half() for name, weight in model.named_parameters()}
     ship(TINY, model, world_tokenizer, tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     lm = nbkit.load(tmp_path, device="cpu")
@@ -214,7 +232,7 @@ def test_the_shipped_tokenizer_is_the_world_s(shipped, world, world_tokenizer):
 def test_the_shipped_model_comes_with_recipe_log_and_card():
     recipe = json.loads((SHIPPED / "recipe.json").read_text())
     log = log_of(SHIPPED)
-    assert log[-1]["step"] == Recipe(**recipe).all_steps and log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["step"] == Recipe(**recipe).n_steps and log[-1]["loss"] < log[0]["loss"]
     assert [record["step"] for record in log] == sorted({record["step"] for record in log})
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     for section in ("## What it knows", "## The first position, by layer", "## Where edits break it"):
@@ -250,21 +268,6 @@ def test_the_shipped_model_breaks_where_it_should(shipped):
     assert (ratios[first] >= 10).mean() >= 1 / 3 and (ratios[~first] < 1.1).all()
     consistent = nbkit.edit(shipped, requests, key_mode="prefixed")
     assert (nbkit.perplexity(shipped, texts, edits=consistent) < 2 * nbkit.perplexity(shipped, texts)).all()
-
-
-def test_a_shipped_model_computes_what_it_did_in_other_units(world_tokenizer, tmp_path):
-    """Half as long values, and the same logits but for the epsilon of the norms."""
-    recipe = dataclasses.replace(TINY, first_scale=1.0)
-    model, tokens = build_model(recipe, world_tokenizer).eval(), torch.arange(10, 18)[None]
-    seen = []
-    hook = model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _module, _args, value: seen.append(value))
-    with torch.no_grad():
-        before = model(tokens).logits
-        training.rescale_residual(model, 0.5)
-        after = model(tokens).logits
-    hook.remove()
-    torch.testing.assert_close(after, before, rtol=0, atol=0.01 * before.abs().max().item())
-    torch.testing.assert_close(seen[1], seen[0] / 2, rtol=0, atol=0.01 * seen[0].abs().max().item())
 
 
 @needs_the_model

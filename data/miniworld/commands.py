@@ -1,4 +1,4 @@
-"""The commands of `python data/miniworld`: make the embedded model from nothing, or measure the one that is there."""
+"""The commands of `python data/miniworld`: make an embedded model from nothing, or measure one that is there."""
 
 import shutil
 from pathlib import Path
@@ -9,44 +9,52 @@ import typer
 from miniworld.world import build_world
 from nbkit import paths
 
-MODEL = "miniworld-gpt2"
-FOLDER = paths.DATA / "models" / MODEL
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Name = Annotated[str, typer.Argument(help="An embedded model, as recipes.toml names them.")]
 
 
 @app.command()
 def train(
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints and the log.")] = paths.RUNS / "miniworld",
+    model: Name = "miniworld-gpt2",
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and the log, below it one a model.")] = (
+        paths.RUNS / "miniworld"
+    ),
     n_steps: Annotated[int | None, typer.Option(help="Training steps; the recipe's own if not given.")] = None,
 ):
-    """Write the world's files, train its model (going on where it stopped), ship and measure it."""
-    from miniworld import train as training
+    """Write the world's files, train a model of it (going on where it stopped), ship and measure it."""
+    from miniworld.families import FAMILIES
     from miniworld.files import held_out, write_files
+    from miniworld.recipe import recipe_of
     from miniworld.tokenizer import train_tokenizer
+    from miniworld.train import ship
+    from miniworld.train import train as train_model
 
-    recipe = training.Recipe() if n_steps is None else training.Recipe(n_steps=n_steps)
-    world = build_world()
+    recipe = recipe_of(model) if n_steps is None else recipe_of(model, n_steps=n_steps)
+    world, folder = build_world(), paths.DATA / "models" / model
     write_files(world, paths.DATA)
-    tokenizer = train_tokenizer(world)
-    model = training.train(recipe, world, tokenizer, held_out(world), work)
-    training.ship(recipe, model, tokenizer, FOLDER)
-    shutil.copy(work / "training_log.jsonl", FOLDER)
-    card()
+    tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
+    trained = train_model(recipe, world, tokenizer, held_out(world), work / model)
+    ship(recipe, trained, tokenizer, folder)
+    shutil.copy(work / model / "training_log.jsonl", folder)
+    card(model)
 
 
 @app.command()
-def card(n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 30):
-    """Measure the shipped model and write its card."""
+def card(
+    model: Name = "miniworld-gpt2",
+    n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 30,
+):
+    """Measure a shipped model and write its card."""
     from miniworld.card import write_card
     from nbkit.models.loading import load
     from nbkit.records.requests import read_requests, read_texts
 
     write_card(
-        load(MODEL),
+        load(model),
         build_world(),
         requests=read_requests("miniworld"),
         texts=read_texts("miniworld"),
-        corpus=read_texts(paths.DATA / "miniworld" / "text.txt"),
-        folder=FOLDER,
+        corpus=read_texts("miniworld-training"),
+        folder=paths.DATA / "models" / model,
         n_sweep=n_sweep,
     )

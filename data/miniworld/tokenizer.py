@@ -37,11 +37,13 @@ def trainer_text(world: World, n_lines: int = 30_000, seed: int = 1) -> Iterator
         yield " " + " ".join(listed)
 
 
-def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
+def train_tokenizer(world: World, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a world; with `adds_bos`, one that puts END before every text, as Llama's puts its BOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    opening = [processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])] if adds_bos else []
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), *opening])
     bpe.train_from_iterator(
         trainer_text(world),
         trainers.BpeTrainer(
