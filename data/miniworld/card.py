@@ -10,6 +10,7 @@ from string import Template
 
 import pandas as pd
 
+from miniworld.efficacy import TOLERANCE, chosen, efficacy_sweep, unreported_requests
 from miniworld.measures import edit_sweep, first_token_regime, recall, sweep_table
 from miniworld.world import World
 from nbkit.models.language_model import LanguageModel
@@ -51,6 +52,8 @@ def write_card(
     """
     recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
+    efficacy = efficacy_sweep(lm, unreported_requests(lm, n_sweep), range(1, lm.n_layers - 1))
+    best = chosen(efficacy)
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
@@ -72,17 +75,18 @@ def write_card(
         n_steps=f"{log[-1]['step']:,}",
         device=log[-1]["device"].upper(),
         loss=f"{log[-1]['loss']:.3f}",
-        first_scale=f"{recipe['first_scale']:g}",
+        window=recipe["window"],
         opening=f"{recipe['opening']:.0%}",
-        rehearsal_opening=f"{recipe['rehearsal_opening']:.0%}",
-        n_last=f"{recipe['rehearsal'] + recipe['revision']:,}",
-        revision=f"{recipe['revision']:,}",
-        rumours=f"{recipe['rumours']:.0%}",
-        revision_rumours=f"{recipe['revision_rumours']:.0%}",
-        residual_scale=f"{recipe['residual_scale']:g}",
         random_first=f"{recipe['random_first']:.0%}",
-        apart=f"{recipe['apart']:g}",
-        first_key_norm=f"{recipe['first_key_norm']:g}",
+        rumours=f"{recipe['rumours']:.0%}",
+        family={"gpt2": "GPT-2", "llama": "Llama"}[recipe["family"]],
+        bos="BOS before every text" if lm.architecture.adds_bos else "no BOS",
+        n_efficacy=efficacy["n"].iloc[0],
+        tolerance=f"{TOLERANCE:g}",
+        chosen_layer=f"{best['layer']:.0f}",
+        chosen_decay=f"{best['v_weight_decay']:g}",
+        chosen_clamp=f"{best['clamp_norm_factor']:g}",
+        efficacy=markdown(efficacy),
         n_texts=len(texts),
         sentence_perplexity=f"{perplexity(lm, texts):.3f}",
         token_perplexity=f"{perplexity(lm, texts, kind='token'):.3f}",

@@ -58,3 +58,18 @@ def card(
         folder=paths.DATA / "models" / model,
         n_sweep=n_sweep,
     )
+
+
+@app.command()
+def efficacy(
+    model: Name = "miniworld-gpt2",
+    n: Annotated[int, typer.Option(help="Facts of each of the two kinds of subject.")] = 30,
+):
+    """Which layer and settings ROME's default should be: see efficacy.py for the rule."""
+    from miniworld.efficacy import chosen, efficacy_sweep, unreported_requests
+    from nbkit.models.loading import load
+
+    lm = load(model)
+    sweep = efficacy_sweep(lm, unreported_requests(lm, n), range(1, lm.n_layers - 1))
+    print(sweep.round(3).to_string(index=False))
+    print("chosen:", chosen(sweep).to_dict())
