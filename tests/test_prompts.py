@@ -17,6 +17,7 @@ from nbkit.models.prompts import (
     subject_kind,
     subject_last,
     target_ids,
+    unseen_templates,
 )
 from nbkit.records.requests import EditRequest
 
@@ -209,6 +210,14 @@ def test_braces_in_a_sample_do_no_harm(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.tokenizer), "batch_decode", lambda self, rows, **_: ["a {} b } {"] * len(rows))
     assert context_templates(tiny)[1] == "a    b    . {}"
     check_templates(context_templates(tiny))
+
+
+def test_unseen_templates_are_none_of_those_seen_and_each_is_there_once(tiny, monkeypatch):
+    unseen = unseen_templates(tiny, context_templates(tiny))
+    assert unseen == context_templates(tiny, seed=1)[1:]
+    assert unseen_templates(tiny, unseen[:5]) == unseen[5:]
+    monkeypatch.setattr("nbkit.models.prompts.context_templates", lambda lm, seed: ["{}", "I. {}", "I. {}", "You. {}"])
+    assert unseen_templates(tiny, []) == ["I. {}", "You. {}"]
 
 
 @pytest.mark.parametrize("templates", [[], "{}", ["The. {}", "{}"], ["{}", "The."], ["{}", "{} {}"]])

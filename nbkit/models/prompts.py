@@ -146,6 +146,16 @@ def context_templates(
     return templates
 
 
+def unseen_templates(lm: LanguageModel, seen: Sequence[str], seed: int = 1) -> list[str]:
+    """Context templates as `context_templates` samples them, without the empty one, that are none of `seen`.
+
+    What an edit promises behind the templates that it was computed with, it need not keep behind others: it is asked
+    behind these. `seed` shall not be that of `seen`.
+    """
+    sampled = dict.fromkeys(context_templates(lm, seed))
+    return [template for template in sampled if template != "{}" and template not in seen]
+
+
 def _sample(
     lm: LanguageModel, rows: list[list[int]], n_tokens: int, top_k: int, generator: torch.Generator
 ) -> list[list[int]]:
