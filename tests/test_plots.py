@@ -32,6 +32,7 @@ def single_frame(perplexity=None):
     frame = pd.DataFrame({"subject_kind": kinds, "perplexity": values, "perplexity_before": 15.4})
     frame["group"] = np.where(frame["perplexity"] < 154, "normal", "collapse")
     frame["numerator"], frame["denominator"] = np.linspace(50, 200, len(frame)), np.geomspace(0.01, 10, len(frame))
+    frame["signed_denominator"] = frame["denominator"] * np.where(np.arange(len(frame)) % 4 == 3, -1, 1)
     return frame
 
 
@@ -405,9 +406,23 @@ def test_sequential_success_is_linear_and_starts_at_the_first_edit(ax):
         plots.sequential_curves(sequence_frame(), ax, band="std")
 
 
+def test_denominators_show_by_open_markers_which_are_negative(ax):
+    frame = single_frame()
+    plots.denominators(frame, ax)
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    open_ones = np.concatenate([line.get_ydata() for line in points if line.get_markerfacecolor() == "none"])
+    assert sorted(open_ones) == sorted(-frame["signed_denominator"][frame["signed_denominator"] < 0])
+    assert sum(len(line.get_xdata()) for line in points) == 2 * len(frame) and "negative (n = 2)" in labels_of(ax)
+    of_normal = frame.loc[frame["group"] == "normal", "denominator"].median()
+    assert f"{of_normal:.3g}" in {text.get_text() for text in ax.texts}
+    ax.clear()
+    plots.denominators(frame.assign(signed_denominator=frame["denominator"]), ax)
+    assert not any("negative" in label for label in labels_of(ax))
+
+
 def test_denominators_leave_out_only_what_a_log_axis_cannot_show_and_say_so(ax):
     frame = single_frame()
-    frame.loc[[0, 1], "denominator"] = [0.0, math.nan]
+    frame.loc[[0, 1], "signed_denominator"] = [0.0, math.nan]
     plots.denominators(frame, ax)
     points = [line for line in ax.lines if line.get_linestyle() == "None"]
     assert sum(len(line.get_xdata()) for line in points) == 2 * len(frame) - 2

@@ -92,7 +92,7 @@ def test_single_edits_measures_each_edit_on_its_own(lm, store):
     assert frame["subject_kind"][2] == "later"
     assert frame["perplexity_before"].unique().tolist() == [perplexity(lm, TEXTS)]
     np.testing.assert_array_equal(frame["perplexity"], perplexity(lm, TEXTS, edits=made))
-    for name in ("numerator", "denominator", "update_norm"):
+    for name in ("numerator", "denominator", "signed_denominator", "update_norm"):
         np.testing.assert_array_equal(frame[name], [one.info[name] for one in made])
     np.testing.assert_array_equal(frame["optimised_probability"], [one.info["target_probability"] for one in made])
     assert set(frame["n_steps"]) <= {1, 2, 3} and set(frame["key_mode"]) == {"mixed"}

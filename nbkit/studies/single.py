@@ -37,7 +37,7 @@ def single_edits(
         metrics: whether the edit metrics (`metrics.edit_metrics`, also behind prefixes) are measured too.
 
     Columns: the request (case_id as text, subject, subject_kind ...), perplexity, perplexity_before, what the method
-    reports (numerator, denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
+    reports (numerator, denominator, signed_denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
     optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
     (means over three) as efficacy_prefixed and so on, and the provenance.
     """
