@@ -204,6 +204,7 @@ def test_context_templates_have_the_lengths_asked_for(lm):
     assert len(templates) == 5
     special = set(lm.tokenizer.all_special_tokens)
     assert not any(token in template for token in special for template in templates)
+    assert len(context_templates(lm, lengths=((2, 1), (4, 0)))) == 2
 
 
 def test_braces_in_a_sample_do_no_harm(tiny, monkeypatch):

@@ -138,6 +138,8 @@ def context_templates(
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for n_tokens, n_templates in lengths:
+        if not n_templates:
+            continue
         prefixes = tokenize(lm, [starts[i % len(starts)] for i in range(n_templates)])
         for text in lm.tokenizer.batch_decode(
             _sample(lm, prefixes, n_tokens, top_k, generator), skip_special_tokens=True

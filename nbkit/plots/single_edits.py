@@ -151,6 +151,27 @@ def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: st
     return ax
 
 
+def collapse_by_templates(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: str = "group") -> Axes:
+    """The share of edits that raise perplexity `ratio` times or more against the number of templates, by group.
+
+    Args:
+        frame: rows of `studies.single_edits` of several numbers of templates: perplexity, perplexity_before,
+            n_templates and `group`. Bars are Wilson's 95 % intervals.
+    """
+    columns(frame, "perplexity", "perplexity_before", "n_templates", group)
+    styles, numbers = group_styles(frame[group]), sorted(frame["n_templates"].unique())
+    for i, (name, (colour, marker)) in enumerate(styles.items()):
+        table = shares(frame[frame[group] == name], ratio, by="n_templates").sort_values("n_templates")
+        at = np.searchsorted(numbers, table["n_templates"]) + (i - (len(styles) - 1) / 2) * 0.12  # side by side
+        ax.vlines(at, table["low"], table["high"], color=colour, lw=0.9)
+        n = "/".join(map(str, dict.fromkeys(table["n"])))
+        ax.plot(at, table["share"], color=colour, marker=marker, mew=0, ms=4, lw=1, label=f"{name} (n = {n})")
+    ax.set_xticks(range(len(numbers)), [f"{n:g}" for n in numbers])
+    percent_axis(ax.yaxis)
+    ax.set(ylim=(-0.03, 1.03), xlabel="Context templates", ylabel=f"Edits that raise\nperplexity ≥ {ratio:g}×")
+    return legend_above(ax)
+
+
 def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
     """ROC curves: of the edits that collapsed, how many a score finds, against how many others it takes for such.
 

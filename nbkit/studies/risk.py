@@ -36,8 +36,8 @@ def collapse_risk(
     layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`; they must be those of
     the edits that the risk is about. The model is not changed.
 
-    Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator |k·u| and signed_denominator k·u, those
-    of `edit.info`, value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
+    Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator |k·u| and signed_denominator k·u
+    (those of `edit.info`), value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
     ‖value_init‖ + ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
     settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
