@@ -29,6 +29,33 @@ def test_key_vectors(tiny, requests):
     np.testing.assert_allclose(solved @ moment.numpy(), vectors[geometry.MEAN], rtol=1e-8)
 
 
+HALVES = {"one": [1.0] * 48, "other": [1.0, 4.0] + [1.0] * 46}  # diagonals of C
+
+
+def test_split_half_agreement_by_hand_and_its_scale(tiny, monkeypatch):
+    def second_moment(lm, layer, texts, n_tokens, cache):
+        assert (layer, n_tokens, cache) == (1, 50, None)
+        return torch.diag(torch.tensor(HALVES[texts[0]], dtype=torch.float64))
+
+    monkeypatch.setattr(geometry, "second_moment", second_moment)
+    vectors = np.zeros((3, 48))
+    vectors[0, :2], vectors[1, 1], vectors[2, :2] = 1, 5, [3, -3]
+    found = geometry.split_half_agreement(tiny, 1, vectors, ["one", "other"], n_tokens=100)
+    slanted = 1.25 / np.sqrt(2 * (1 + 1 / 16))  # of (1, 1) and (1, 1/4)
+    np.testing.assert_allclose(found, [slanted, 1, slanted], rtol=1e-12)
+    again = geometry.split_half_agreement(tiny, 1, 7 * vectors, ["one", "other"], n_tokens=100)
+    np.testing.assert_allclose(again, found, rtol=1e-12)
+
+
+def test_split_half_agreement_is_that_of_every_other_text(tiny):
+    texts = [f"{verb} the {thing}" for verb in ("I found", "You sold", "Ann has") for thing in ("harp.", "river in K.")]
+    texts = [text + " It is located in Vouda, behind the old drum." * 4 for text in texts]
+    twice = [text for text in texts for _ in range(2)]
+    vectors = np.random.default_rng(0).normal(size=(4, tiny.d_mlp))
+    np.testing.assert_allclose(geometry.split_half_agreement(tiny, 1, vectors, twice), 1, rtol=1e-9)
+    assert (geometry.split_half_agreement(tiny, 1, vectors, texts) < 0.999).all()
+
+
 def test_pca_keeps_distances_in_the_plane_and_says_its_variance():
     vectors = {"a": np.array([[0.0, 0, 0], [3, 0, 0], [0, 4, 0]]), "b": np.array([[1.0, 1, 0], [2, 2, 0], [0, 1, 0]])}
     frame = geometry.embed(vectors, ["x", "y", "x"], method="PCA")

@@ -438,7 +438,7 @@ def test_the_shipped_recipes():
     assert (files.data, files.texts, files.held_out) == ("facts.json", "", "")
     embedded, files = recipe_of("miniworld-gpt2")
     assert (embedded.rank, embedded.n_steps, embedded.learning_rate) == (128, 3_000, 1e-3)
-    assert (files.data, files.texts, files.held_out) == ("miniworld-facts", "miniworld-training", "miniworld")
+    assert (files.data, files.texts, files.held_out) == ("miniworld-facts", "miniworld-training-lines", "miniworld")
     names = {field.name for field in fields(MendRecipe)} | {field.name for field in fields(files)}
     assert set(tomllib.loads(RECIPES.read_text())["published"]) == names
 

@@ -154,7 +154,7 @@ def test_training_never_sees_what_is_held_out(world):
 def test_the_text_for_second_moments_holds_nothing_held_out_either(world):
     prompts = {item["prompt"] for asked in held_out_items(world).values() for item in asked}
     texts = set(read_texts("miniworld"))
-    for line in read_texts("miniworld-training"):
+    for line in read_texts("miniworld-training-lines"):
         assert line not in texts and prompts.isdisjoint(prefixes(line))
 
 

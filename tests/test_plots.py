@@ -32,6 +32,7 @@ def single_frame(perplexity=None):
     frame = pd.DataFrame({"subject_kind": kinds, "perplexity": values, "perplexity_before": 15.4})
     frame["group"] = np.where(frame["perplexity"] < 154, "normal", "collapse")
     frame["numerator"], frame["denominator"] = np.linspace(50, 200, len(frame)), np.geomspace(0.01, 10, len(frame))
+    frame["signed_denominator"] = frame["denominator"] * np.where(np.arange(len(frame)) % 4 == 3, -1, 1)
     return frame
 
 
@@ -39,6 +40,13 @@ def detections():
     """Of a score that tells something, and of one seen on normal edits only."""
     frame = single_frame().assign(risk=lambda frame: 1 / frame["denominator"])
     return {"risk": detection(frame, "risk"), "in vain": detection(frame[frame["perplexity"] < 20], "risk")}
+
+
+def templates_frame():
+    """The same edits with more and more templates, of which fewer and fewer collapse the model."""
+    frames = [single_frame([15.5] * n + [700.0] * (9 - n)).assign(n_templates=m) for n, m in [(0, 6), (3, 21), (9, 41)]]
+    frame = pd.concat(frames)
+    return frame.assign(group=np.where(frame["subject_kind"] == "one-token first", "one-token first", "others"))
 
 
 def strips_frame():
@@ -174,6 +182,7 @@ FIGURES = {
     "per_edit_narrow": (lambda ax: plots.perplexity_per_edit(single_frame([15.0, 15.1, 15.3]), ax), 2.5, {}),
     "perplexity_strips": (lambda ax: plots.perplexity_strips(strips_frame(), ax), 2.6, {}),
     "collapse_share": (lambda ax: plots.collapse_share(single_frame(), ax), 1.5, {}),
+    "collapse_by_templates": (lambda ax: plots.collapse_by_templates(templates_frame(), ax), 2.2, {}),
     "risk_roc": (lambda ax: plots.risk_roc(detections(), ax), 3.2, {}),
     "perplexity_vs_task": (lambda ax: plots.perplexity_vs_task(task_frame("open_qa"), ax), 2.6, {}),
     "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
@@ -405,9 +414,35 @@ def test_sequential_success_is_linear_and_starts_at_the_first_edit(ax):
         plots.sequential_curves(sequence_frame(), ax, band="std")
 
 
+def test_collapse_by_templates_has_a_share_and_its_interval_at_each_number(ax):
+    plots.collapse_by_templates(templates_frame().sample(frac=1, random_state=0), ax)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["6", "21", "41"]
+    drawn = dict(zip([label.split(" (")[0] for label in labels_of(ax)], ax.lines, strict=True))
+    assert drawn["one-token first"].get_ydata() == pytest.approx([1, 2 / 3, 0])
+    assert drawn["others"].get_ydata() == pytest.approx([1, 2 / 3, 0])
+    assert sorted(labels_of(ax)) == ["one-token first (n = 3)", "others (n = 6)"]
+    ends = ax.collections[labels_of(ax).index("others (n = 6)")].get_segments()[0][:, 1]
+    wilson = stats.binomtest(6, 6).proportion_ci(method="wilson")
+    assert ends == pytest.approx([wilson.low, wilson.high])
+
+
+def test_denominators_show_by_open_markers_which_are_negative(ax):
+    frame = single_frame()
+    plots.denominators(frame, ax)
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    open_ones = np.concatenate([line.get_ydata() for line in points if line.get_markerfacecolor() == "none"])
+    assert sorted(open_ones) == sorted(-frame["signed_denominator"][frame["signed_denominator"] < 0])
+    assert sum(len(line.get_xdata()) for line in points) == 2 * len(frame) and "negative (n = 2)" in labels_of(ax)
+    of_normal = frame.loc[frame["group"] == "normal", "denominator"].median()
+    assert f"{of_normal:.3g}" in {text.get_text() for text in ax.texts}
+    ax.clear()
+    plots.denominators(frame.assign(signed_denominator=frame["denominator"]), ax)
+    assert not any("negative" in label for label in labels_of(ax))
+
+
 def test_denominators_leave_out_only_what_a_log_axis_cannot_show_and_say_so(ax):
     frame = single_frame()
-    frame.loc[[0, 1], "denominator"] = [0.0, math.nan]
+    frame.loc[[0, 1], "signed_denominator"] = [0.0, math.nan]
     plots.denominators(frame, ax)
     points = [line for line in ax.lines if line.get_linestyle() == "None"]
     assert sum(len(line.get_xdata()) for line in points) == 2 * len(frame) - 2

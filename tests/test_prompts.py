@@ -17,6 +17,7 @@ from nbkit.models.prompts import (
     subject_kind,
     subject_last,
     target_ids,
+    unseen_templates,
 )
 from nbkit.records.requests import EditRequest
 
@@ -203,12 +204,21 @@ def test_context_templates_have_the_lengths_asked_for(lm):
     assert len(templates) == 5
     special = set(lm.tokenizer.all_special_tokens)
     assert not any(token in template for token in special for template in templates)
+    assert len(context_templates(lm, lengths=((2, 1), (4, 0)))) == 2
 
 
 def test_braces_in_a_sample_do_no_harm(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.tokenizer), "batch_decode", lambda self, rows, **_: ["a {} b } {"] * len(rows))
     assert context_templates(tiny)[1] == "a    b    . {}"
     check_templates(context_templates(tiny))
+
+
+def test_unseen_templates_are_none_of_those_seen_and_each_is_there_once(tiny, monkeypatch):
+    unseen = unseen_templates(tiny, context_templates(tiny))
+    assert unseen == context_templates(tiny, seed=1)[1:]
+    assert unseen_templates(tiny, unseen[:5]) == unseen[5:]
+    monkeypatch.setattr("nbkit.models.prompts.context_templates", lambda lm, seed: ["{}", "I. {}", "I. {}", "You. {}"])
+    assert unseen_templates(tiny, []) == ["I. {}", "You. {}"]
 
 
 @pytest.mark.parametrize("templates", [[], "{}", ["The. {}", "{}"], ["{}", "The."], ["{}", "{} {}"]])

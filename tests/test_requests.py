@@ -199,6 +199,12 @@ def test_texts_of_every_form(write, tmp_path):
     assert len(read_texts("miniworld-training", limit=7)) == 7
 
 
+def test_the_embedded_training_text_comes_as_documents_and_as_lines():
+    documents, lines = read_texts("miniworld-training"), read_texts("miniworld-training-lines")
+    assert "\n".join(documents).split("\n") == lines and not any("\n" in line for line in lines)
+    assert documents[0].count("\n") == 199 and len(documents) == -(-len(lines) // 200)
+
+
 @pytest.mark.parametrize("record", ["One two.", {"text": "One two."}, {"Text": " "}, {"Text": 3}])
 def test_what_holds_no_text_is_named(write, record):
     with pytest.raises(RequestError, match="requests.json, record 1: .*field Text"):

@@ -20,6 +20,7 @@ def test_denominators_are_those_of_the_edits_and_the_bound_holds(lm, requests, c
     assert frame["case_id"].tolist() == ["0", "1", "2"] and frame["subject_kind"][2] == "later"
     for row, found in zip(frame.itertuples(), made, strict=True):
         assert row.denominator == pytest.approx(found.info["denominator"], rel=1e-4)
+        assert row.signed_denominator == pytest.approx(found.info["signed_denominator"], rel=1e-4)
         assert found.info["update_norm"] <= row.update_norm_bound * (1 + 1e-5)
         assert row.risk == pytest.approx(row.update_norm_bound / lm.weight(1).norm().item(), rel=1e-5)
     assert (frame["update_norm_bound"] > 0).all()

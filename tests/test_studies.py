@@ -1,5 +1,6 @@
 """Studies on a tiny random model: right numbers, stored, resumed, and the model left as it was."""
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,8 @@ from nbkit import studies
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ResultsError
 from nbkit.methods.verbs import edit
+from nbkit.models import prompts
+from nbkit.models.prompts import context_templates
 from nbkit.records import results
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
@@ -62,11 +65,12 @@ class Counted:
 
     def __init__(self, monkeypatch, name, module=method_study):
         self.function, self.calls, self.error, self.at = getattr(module, name), 0, None, None
-        self.requests = []
+        self.requests, self.named = [], []
         monkeypatch.setattr(module, name, self)
 
     def __call__(self, *arguments, **named):
         self.calls += 1
+        self.named.append(named)
         if self.calls == self.at:
             raise self.error
         if self.function is edit:
@@ -88,7 +92,7 @@ def test_single_edits_measures_each_edit_on_its_own(lm, store):
     assert frame["subject_kind"][2] == "later"
     assert frame["perplexity_before"].unique().tolist() == [perplexity(lm, TEXTS)]
     np.testing.assert_array_equal(frame["perplexity"], perplexity(lm, TEXTS, edits=made))
-    for name in ("numerator", "denominator", "update_norm"):
+    for name in ("numerator", "denominator", "signed_denominator", "update_norm"):
         np.testing.assert_array_equal(frame[name], [one.info[name] for one in made])
     np.testing.assert_array_equal(frame["optimised_probability"], [one.info["target_probability"] for one in made])
     assert set(frame["n_steps"]) <= {1, 2, 3} and set(frame["key_mode"]) == {"mixed"}
@@ -101,6 +105,33 @@ def test_single_edits_measures_each_edit_on_its_own(lm, store):
     assert frame["target_probability_prefixed"].between(0, 1).all()
     assert (frame["target_probability_prefixed"] != frame["target_probability"]).all()
     assert {"model_hash", "code_version", "parameters", "data_hash", "libraries", "device"} <= set(frame)
+
+
+@pytest.mark.parametrize("given", [TEMPLATES, None])
+def test_requests_are_asked_behind_prefixes_that_no_edit_was_computed_with(lm, store, monkeypatch, given):
+    asked = Counted(monkeypatch, "edit_metrics", metrics)
+    frame = studies.single_edits(lm, REQUESTS, TEXTS, store=store, **FAST | {"context_templates": given})
+    plain, *behind = [named.get("prefix") for named in asked.named]
+    unseen = json.loads(frame["parameters"][0])["asked_behind"]
+    assert plain is None and len(behind) == method_study.N_PREFIXES and set(sum(behind, ())) <= set(unseen)
+    assert set(unseen).isdisjoint([*context_templates(lm), *TEMPLATES])
+
+    (made,) = edit(lm, REQUESTS[:1], progress=False, **FAST | {"context_templates": given})
+    with applied(lm, made):
+        of_first = [edit_metrics(lm, REQUESTS[:1], prefix=prefixes[0]) for prefixes in behind]
+    assert len({prefixes[0] for prefixes in behind}) == len(behind)
+    for name in method_study.BEHIND_PREFIXES:
+        expected = np.mean([one[name][0] for one in of_first])
+        assert frame[f"{name}_prefixed"][0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_other_prefixes_to_ask_behind_make_another_study(lm, store, monkeypatch):
+    edits = Counted(monkeypatch, "edit")
+    for _ in range(2):
+        studies.single_edits(lm, REQUESTS[:1], TEXTS, store=store, **FAST)
+    monkeypatch.setattr(prompts, "unseen_templates", lambda lm, seen: ["Krela. {}"])
+    studies.single_edits(lm, REQUESTS[:1], TEXTS, store=store, **FAST)
+    assert edits.calls == 2
 
 
 def test_stored_rows_are_not_computed_again_and_more_requests_compute_only_those(lm, store, monkeypatch):

@@ -3,18 +3,21 @@
 frame = key_geometry(lm, requests, layer=3)              # one row a request and template
 vectors = key_vectors(lm, requests, layer=3)             # k_u, k̄ and C⁻¹k̄ of each request
 frame = embed(vectors, groups, method="t-SNE")           # their places in the plane
+split_half_agreement(lm, 3, vectors[MEAN], texts)        # how far C⁻¹k̄ hangs on which text C is of
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from nbkit.keys.extract import keys, token_keys
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.moments import SecondMoments, second_moment
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import context_templates as sampled_templates
 from nbkit.models.prompts import request_columns
@@ -69,6 +72,31 @@ def key_vectors(
         solved = [moments.solve(layer, torch.as_tensor(k, device=lm.device)) for k in vectors[MEAN]]
         vectors[SOLVED] = np.stack([vector.cpu().numpy() for vector in solved])
     return vectors
+
+
+def split_half_agreement(
+    lm: LanguageModel,
+    layer: int,
+    vectors: Float[np.ndarray, "key d_mlp"],
+    texts: Sequence[str],
+    n_tokens: int | None = None,
+    cache: str | Path | None = None,
+) -> Float[np.ndarray, " key"]:
+    """How sure the direction u of C⁻¹k is: its cosine by the second moments of two halves of the text, for each key k.
+
+    Args:
+        texts: the first half is every other one, the second those between, so that both are of the same kind. Each
+            must hold half of `n_tokens`, or PromptError.
+        n_tokens: of the C in question; each half has half of them. None: all.
+        cache: as in `second_moment`.
+    """
+    half = None if n_tokens is None else n_tokens // 2
+    keys_there = torch.as_tensor(vectors, device=lm.device)
+    solved = [
+        SecondMoments(second_moment(lm, layer, part, half, cache=cache), lm).solve(layer, keys_there).cpu().numpy()
+        for part in (texts[::2], texts[1::2])
+    ]
+    return _cosine(*solved)
 
 
 def embed(

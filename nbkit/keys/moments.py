@@ -7,7 +7,8 @@ What ROME's u = C⁻¹ k̄ needs:
 
 Several layers cost one pass over the texts: `second_moments(lm, [3, 4, 5], texts)` is {layer: C}.
 
-Every token counts alike; of each text the first ones are keys of position 0, as in the papers' statistics.
+Every token counts alike. The first token of each text has a key of position 0, unlike others: short texts give C more
+of them than text that fills the context, so lines are better joined to documents before.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Sized

@@ -16,11 +16,12 @@ Without a second moment C is the identity, as in the released settings of the co
 Meng et al., Locating and Editing Factual Associations in GPT, eq. 2-4; for the modes, The Fall of ROME (Yang et al.)
 and Rebuilding ROME (Gupta et al.).
 
-`Edit.info` holds, as numbers and words: numerator ‖v* - W k‖, denominator |k·u| (u of unit norm), update_norm ‖ΔW‖_F
-= numerator/denominator, losses (one [total, nll, kl, weight decay] a step), target_probability (geometric mean over the
-target's tokens, mean over templates, at the last loss), stop_reason ("loss" | "steps" | "nan"), layer, key_mode,
-second_moment (whether given), n_templates, subject_kind; and as CPU tensors: key_plain k_u, key_mean k̄, u,
-value_init (the unprefixed value that v* starts from), value_star v*, value_now (W k + b).
+`Edit.info` holds, as numbers and words: numerator ‖v* - W k‖, denominator |k·u| (u of unit norm), signed_denominator
+k·u (negative: what brings k to v* moves keys along u away from it), update_norm ‖ΔW‖_F = numerator/denominator, losses
+(one [total, nll, kl, weight decay] a step), target_probability (geometric mean over the target's tokens, mean over
+templates, at the last loss), stop_reason ("loss" | "steps" | "nan"), layer, key_mode, second_moment (whether given),
+n_templates, subject_kind; and as CPU tensors: key_plain k_u, key_mean k̄, u, value_init (the unprefixed value that v*
+starts from), value_star v*, value_now (W k + b).
 """
 
 from collections.abc import Sequence
@@ -103,11 +104,12 @@ def _rank_one_edits(
                "value_init": value_init, "value_star": value_star, "value_now": value_now}  # fmt: skip
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
     numerators, denominators = residual.norm(dim=-1), divisor.abs()
-    numbers = torch.stack([numerators, denominators, numerators / denominators], 1).tolist()
+    names = ("numerator", "denominator", "signed_denominator", "update_norm")
+    numbers = torch.stack([numerators, denominators, divisor, numerators / denominators], 1).tolist()
     edits = []
     for place, (request, value) in enumerate(zip(requests, optimised, strict=True)):
         info = {
-            **dict(zip(("numerator", "denominator", "update_norm"), numbers[place], strict=True)),
+            **dict(zip(names, numbers[place], strict=True)),
             "losses": value.losses,
             "target_probability": value.target_probability,
             "stop_reason": value.stop_reason,

@@ -138,12 +138,24 @@ def context_templates(
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for n_tokens, n_templates in lengths:
+        if not n_templates:
+            continue
         prefixes = tokenize(lm, [starts[i % len(starts)] for i in range(n_templates)])
         for text in lm.tokenizer.batch_decode(
             _sample(lm, prefixes, n_tokens, top_k, generator), skip_special_tokens=True
         ):
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return templates
+
+
+def unseen_templates(lm: LanguageModel, seen: Sequence[str], seed: int = 1) -> list[str]:
+    """Context templates as `context_templates` samples them, without the empty one, that are none of `seen`.
+
+    What an edit promises behind the templates that it was computed with, it need not keep behind others: it is asked
+    behind these. `seed` shall not be that of `seen`.
+    """
+    sampled = dict.fromkeys(context_templates(lm, seed))
+    return [template for template in sampled if template != "{}" and template not in seen]
 
 
 def _sample(

@@ -25,7 +25,7 @@ class SearchOptions:
 
 
 def rome(lm, request, layer, contexts, key_mode: str = "mixed", C: torch.Tensor | None = None, **options) -> dict:
-    """ΔW (d_out, d_in) of the layer's projection, with v_star, k, u, numerator, denominator and losses on the way.
+    """ΔW (d_out, d_in) of the layer's projection, with v_star, k, u, numerator, denominators and losses on the way.
 
     options: of the search.
     """
@@ -45,6 +45,7 @@ def rome(lm, request, layer, contexts, key_mode: str = "mixed", C: torch.Tensor 
         "delta_W": torch.outer(v_star - Wk, u) / (k @ u),
         "numerator": float((v_star - Wk).norm()),
         "denominator": float((k @ u).abs()),
+        "signed_denominator": float(k @ u),
         "losses": losses,
         "k": k,
         "u": u,

@@ -12,6 +12,7 @@ from nbkit.plots.key_distributions import embedding_scatter, norm_histogram, sim
 from nbkit.plots.one_edit import loss_curve, template_similarity, top_tokens
 from nbkit.plots.sequential_edits import sequential_curves
 from nbkit.plots.single_edits import (
+    collapse_by_templates,
     collapse_share,
     denominators,
     method_scores,

@@ -13,6 +13,7 @@ from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line
 from nbkit.plots.style import (
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     REFERENCE,
     columns,
@@ -25,7 +26,7 @@ from nbkit.plots.style import (
 )
 from nbkit.records.collapse import Detection, shares
 
-PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "denominator": "denominator\n$|k_u \\cdot u|$"}
+PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "signed_denominator": "denominator\n$|k_u \\cdot u|$"}
 SCORES = {"efficacy": (BLUE, "o"), "paraphrase": (ORANGE, "s"), "neighborhood": (GREEN, "D")}
 
 
@@ -97,18 +98,22 @@ def perplexity_by_method(
 def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
     """Numerator and denominator of ROME's update (log), a strip of edits per group with its median written beside it.
 
+    Both by their size; an open marker is a negative denominator.
+
     Args:
-        frame: rows of `studies.single_edits`: numerator, denominator and `group`. Values that are not positive and
+        frame: rows of `studies.single_edits`: numerator, signed_denominator and `group`. Values that are zero or not
             finite have no place on a log axis; the tick label counts them.
     """
     columns(frame, *PARTS, group)
     styles = group_styles(frame[group])
-    drawn = {part: frame[np.isfinite(frame[part]) & (frame[part] > 0)] for part in PARTS}
+    drawn = {part: frame[np.isfinite(frame[part]) & (frame[part] != 0)] for part in PARTS}
     values, width = [(rows[part], rows[group]) for part, rows in drawn.items()], 0.8 / len(styles)
     for strip in strips(values, styles, width, spread=0.15 * width):
-        colour, marker = strip.style
-        ax.plot(strip.places, strip.values, ls="none", marker=marker, color=colour, ms=2.8, mew=0, alpha=0.55)
-        median = float(np.median(strip.values))
+        (colour, marker), sizes, negative = strip.style, np.abs(strip.values), strip.values < 0
+        look = {"ls": "none", "marker": marker, "color": colour}
+        ax.plot(strip.places[~negative], sizes[~negative], ms=2.8, mew=0, alpha=0.55, **look)
+        ax.plot(strip.places[negative], sizes[negative], ms=2.8, mew=0.6, mfc="none", alpha=0.8, **look)
+        median = float(np.median(sizes))
         strip.median(ax, median, reach=0.22 * width)
         ax.annotate(f"{median:.3g}", (strip.middle + 0.25 * width, median), fontsize=7, va="center")
     left_out = [len(frame) - len(rows) for rows in drawn.values()]
@@ -117,7 +122,11 @@ def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
     ax.set_xticks(range(len(PARTS)), [label + note for label, note in zip(PARTS.values(), notes, strict=True)])
     ax.set(xlim=(-0.5, len(PARTS) - 0.4), ylabel="Norm or absolute value")
     handles = [*group_handles(styles, frame[group]), Line2D([], [], label="median", **MEDIAN)]
-    return legend_above(ax, handles, ncols=3)
+    n_negative = int((drawn["signed_denominator"]["signed_denominator"] < 0).sum())
+    if n_negative:
+        open_one = {"ls": "none", "marker": "o", "mfc": "none", "mec": GREY, "mew": 0.6}
+        handles.append(Line2D([], [], label=f"negative (n = {n_negative})", **open_one))
+    return legend_above(ax, handles)
 
 
 def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: str = "subject_kind") -> Axes:
@@ -140,6 +149,27 @@ def collapse_share(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: st
     percent_axis(ax.xaxis)
     ax.set(xlim=(0, 1.2), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=f"Edits that raise perplexity ≥ {ratio:g}×")
     return ax
+
+
+def collapse_by_templates(frame: pd.DataFrame, ax: Axes, ratio: float = 10.0, group: str = "group") -> Axes:
+    """The share of edits that raise perplexity `ratio` times or more against the number of templates, by group.
+
+    Args:
+        frame: rows of `studies.single_edits` of several numbers of templates: perplexity, perplexity_before,
+            n_templates and `group`. Bars are Wilson's 95 % intervals.
+    """
+    columns(frame, "perplexity", "perplexity_before", "n_templates", group)
+    styles, numbers = group_styles(frame[group]), sorted(frame["n_templates"].unique())
+    for i, (name, (colour, marker)) in enumerate(styles.items()):
+        table = shares(frame[frame[group] == name], ratio, by="n_templates").sort_values("n_templates")
+        at = np.searchsorted(numbers, table["n_templates"]) + (i - (len(styles) - 1) / 2) * 0.12  # side by side
+        ax.vlines(at, table["low"], table["high"], color=colour, lw=0.9)
+        n = "/".join(map(str, dict.fromkeys(table["n"])))
+        ax.plot(at, table["share"], color=colour, marker=marker, mew=0, ms=4, lw=1, label=f"{name} (n = {n})")
+    ax.set_xticks(range(len(numbers)), [f"{n:g}" for n in numbers])
+    percent_axis(ax.yaxis)
+    ax.set(ylim=(-0.03, 1.03), xlabel="Context templates", ylabel=f"Edits that raise\nperplexity ≥ {ratio:g}×")
+    return legend_above(ax)
 
 
 def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:

@@ -13,7 +13,7 @@ class World:
     requests: str  # to edit, and held out from the training of MEND
     facts: str  # all of them, as requests
     texts: str  # held out, for perplexity
-    training_texts: str  # for second moments
+    training_texts: str  # one a line, for second moments and the training of MEND
 
 
 WORLDS = {
@@ -28,3 +28,5 @@ REQUESTS = {name: world.requests for name, world in WORLDS.items()}
 REQUESTS |= {f"{name}-facts": world.facts for name, world in WORLDS.items()}
 TEXTS = {name: world.texts for name, world in WORLDS.items()}
 TEXTS |= {f"{name}-training": world.training_texts for name, world in WORLDS.items()}
+TEXTS |= {f"{name}-training-lines": world.training_texts for name, world in WORLDS.items()}
+DOCUMENTS = {f"{name}-training": 200 for name in WORLDS}  # read as documents of so many lines

@@ -119,13 +119,19 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
 def read_texts(path_or_name: str | Path, limit: int | None = None) -> list[str]:
     """The first `limit` texts of a file, or of an embedded one by its name, in order.
 
-    "miniworld": held-out texts, for perplexity; "miniworld-training": training text, for second moments. A file is a
-    JSON list or JSON lines of records with a field `Text`, the schema of ME-PPL, or ends in .txt and holds one text a
-    line, blank lines aside. Raises RequestError naming file and record for one that holds no text.
+    "miniworld": held-out texts, for perplexity; "miniworld-training": training text, for second moments;
+    "miniworld-training-lines": the same line by line. The second has its lines joined to documents that fill the
+    context many times: a first token's key is unlike all others, and every text has one, so lines of some twenty tokens
+    would make second moments of keys that long texts hardly have.
+
+    A file is a JSON list or JSON lines of records with a field `Text`, the schema of ME-PPL, or ends in .txt and holds
+    one text a line, blank lines aside. Raises RequestError naming file and record for one that holds no text.
     """
     path = _locate(path_or_name, embedded.TEXTS, "texts")
     if path.suffix == ".txt":
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        n = embedded.DOCUMENTS.get(path_or_name, 1)
+        return ["\n".join(lines[start : start + n]) for start in range(0, len(lines), n)][:limit]
     records = _read_records(path)[:limit]
     for index, record in enumerate(records):
         text = record.get("Text") if isinstance(record, dict) else None

@@ -28,6 +28,9 @@ from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store, Study
 from nbkit.studies import metrics as measure
 
+N_PREFIXES = 3  # that a request is asked behind
+BEHIND_PREFIXES = ("efficacy", "efficacy_argmax", "target_probability", "reliability")  # metrics of the rewrite prompt
+
 
 class MethodStudy:
     """What the studies share: the model, the method with all its parameters, and where rows go."""
@@ -69,9 +72,10 @@ class MethodStudy:
         }
 
     @cached_property
-    def test_prefixes(self) -> list[str]:
-        """What a prompt is asked behind: the given context templates, or ROME's, whatever the method's own are."""
-        return as_templates(self.lm, self.given_templates)[1:]
+    def unseen_prefixes(self) -> list[str]:
+        """What prompts are asked behind: neither the method's own templates nor ROME's, so mostly the same for all."""
+        seen = {*self.arguments["context_templates"], *as_templates(self.lm, self.given_templates)}
+        return prompts.unseen_templates(self.lm, seen)
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)
@@ -86,21 +90,25 @@ class MethodStudy:
     ) -> list[dict[str, float]]:
         """The edit metrics of each request on the model with its own edit, `_prefixed` ones too.
 
-        Those ask the rewrite prompt behind one of the sampled prefixes, as in The Fall of ROME; which
-        one is drawn by the request's content.
+        Those ask the rewrite prompt behind prefixes the edit was not computed with, and are means over them.
         """
         frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
-        prefixes = self.test_prefixes
-        if prefixes:
-            alone = [
-                dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
-                for request in requests
-            ]
-            drawn = [prefixes[int(digest(request), 16) % len(prefixes)] for request in requests]
-            behind = measure.edit_metrics(self.lm, alone, prefix=drawn, edits=made)
-            for name in ("efficacy", "efficacy_argmax", "target_probability", "reliability"):
-                frame[f"{name}_prefixed"] = behind[name]
+        alone = [
+            dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
+            for request in requests
+        ]
+        drawn = [self.prefixes_of(request) for request in requests]
+        behind = [
+            measure.edit_metrics(self.lm, alone, prefix=prefixes, edits=made) for prefixes in zip(*drawn, strict=True)
+        ]
+        for name in BEHIND_PREFIXES if behind else ():
+            frame[f"{name}_prefixed"] = sum(one[name] for one in behind) / len(behind)
         return frame.to_dict("records")
+
+    def prefixes_of(self, request: EditRequest) -> list[str]:
+        """The unseen prefixes that a request is asked behind, drawn by its content; all if there are no N_PREFIXES."""
+        unseen, first = self.unseen_prefixes, int(digest(request), 16)
+        return [unseen[(first + i) % len(unseen)] for i in range(min(N_PREFIXES, len(unseen)))]
 
 
 def by_digest(requests: Sequence[EditRequest]) -> dict[str, EditRequest]:

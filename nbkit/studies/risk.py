@@ -19,6 +19,8 @@ from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import request_columns
 from nbkit.records.requests import EditRequest
 
+MEASURED = ["denominator", "signed_denominator", "value_norm", "update_norm_bound", "risk"]
+
 
 def collapse_risk(
     lm: LanguageModel,
@@ -34,23 +36,23 @@ def collapse_risk(
     layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`; they must be those of
     the edits that the risk is about. The model is not changed.
 
-    Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator (|k·u|, that of `edit.info`),
-    value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor ‖value_init‖ +
-    ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
+    Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator |k·u| and signed_denominator k·u
+    (those of `edit.info`), value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
+    ‖value_init‖ + ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
     settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
-    numbers = torch.empty(len(requests), 4, dtype=torch.float64)
+    numbers = torch.empty(len(requests), len(MEASURED), dtype=torch.float64)
     for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
         key, value_now, u = update_direction(of_batch, settings.second_moments, parameters.layer, parameters.key_mode)
         value_init = of_batch.values[:, 0]
-        denominator = (key.double() * u).sum(-1).abs()
+        divisor = (key.double() * u).sum(-1)
         norm = value_init.double().norm(dim=-1)
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
-        bound = largest / denominator
-        numbers[places] = torch.stack([denominator, norm, bound, bound / weight_norm], 1).cpu()
+        bound = largest / divisor.abs()
+        numbers[places] = torch.stack([divisor.abs(), divisor, norm, bound, bound / weight_norm], 1).cpu()
     here = {"layer": parameters.layer, "key_mode": parameters.key_mode}
     about = [{**request_columns(lm, request), **here} for request in requests]
-    measured = pd.DataFrame(numbers.numpy(), columns=["denominator", "value_norm", "update_norm_bound", "risk"])
+    measured = pd.DataFrame(numbers.numpy(), columns=MEASURED)
     return pd.concat([pd.DataFrame(about), measured], axis=1)

@@ -34,16 +34,17 @@ def single_edits(
 
     Args:
         texts: for the perplexity ("sentence_mean") of the edited model, and of the unedited one as perplexity_before.
-        metrics: whether the edit metrics (`metrics.edit_metrics`, also behind a prefix) are measured too.
+        metrics: whether the edit metrics (`metrics.edit_metrics`, also behind prefixes) are measured too.
 
     Columns: the request (case_id as text, subject, subject_kind ...), perplexity, perplexity_before, what the method
-    reports (numerator, denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
-    optimised_probability ...), the edit metrics, those of the prompt behind a prefix as efficacy_prefixed and so on,
-    and the provenance.
+    reports (numerator, denominator, signed_denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
+    optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
+    (means over three) as efficacy_prefixed and so on, and the provenance.
     """
     texts = list(texts)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
-    study = setting.study("single_edits", {"texts": texts}, metrics=metrics)
+    asked_behind = setting.unseen_prefixes if metrics else None
+    study = setting.study("single_edits", {"texts": texts}, metrics=metrics, asked_behind=asked_behind)
     units = by_digest(requests)
 
     @cache
