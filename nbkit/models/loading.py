@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from nbkit import paths
 from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel, architecture_of, check_finite
+from nbkit.records import embedded
 
 
 def embedded_models() -> list[str]:
@@ -34,7 +35,7 @@ def load(
     weights or holds NaN is refused: random weights in the gaps would look like a collapse.
     """
     name = str(name)
-    place = paths.DATA / "models" / name if name in embedded_models() else name
+    place = _place(name)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(place, **source)
@@ -62,6 +63,17 @@ def load(
     lm = LanguageModel.wrap(model.to(device), tokenizer, name)
     _check_bos(lm)
     return lm
+
+
+def _place(name: str) -> str | Path:
+    """What transformers is to load. ModelError for an embedded model that is not there, which no hub has."""
+    if name in embedded_models():
+        return paths.DATA / "models" / name
+    if name in embedded.MODELS and not Path(name).is_dir():
+        raise ModelError(
+            f"the embedded model {name} is not in {paths.DATA / 'models'}; `make miniworld MODEL={name}` trains it"
+        )
+    return name
 
 
 def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtype:
