@@ -30,13 +30,27 @@ FEW_TOKENS = 2000  # of second moments
 def llama(world, tmp_path_factory):
     """miniworld-llama as it is shipped and loaded, hardly trained."""
     folder = tmp_path_factory.mktemp("models") / "miniworld-llama"
-    recipe = recipe_of("miniworld-llama", **FEW_STEPS)
-    tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
+    make(folder, world, train_tokenizer(world, FAMILIES["llama"].adds_bos))
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(world, world_tokenizer, tmp_path_factory):
+    """miniworld-t5 as it is shipped, hardly trained."""
+    return make(tmp_path_factory.mktemp("models") / "miniworld-t5", world, world_tokenizer)
+
+
+def make(folder, world, tokenizer):
+    recipe = recipe_of(folder.name, **FEW_STEPS)
     model = train(recipe, world, tokenizer, frozenset(), folder.parent / "work")
     ship(recipe, model, tokenizer, folder)
+    return folder
+
+
+def load(folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as of a tokenizer without the BOS that the family has
-        return nbkit.load(folder, device="cpu")
+        return nbkit.load(folder, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +65,7 @@ def held_out():
 
 
 def test_every_recipe_is_of_a_model_that_nbkit_knows_by_name():
-    assert set(embedded.MODELS) <= set(trained_models())
+    assert list(embedded.MODELS) == trained_models()
     assert set(embedded_models()) <= set(embedded.MODELS)
 
 
@@ -107,3 +121,16 @@ def test_edits_with_its_own_parameters(llama, asked, held_out, method):
         with nbkit.applied(llama, made):
             assert score_targets(llama, [request.text], [request.target_new])["nll"].item() < before
             assert nbkit.perplexity(llama, held_out) == pytest.approx(expected, rel=1e-4)
+
+
+def test_both_sides_of_miniworld_t5_are_read_behind_the_templates_of_another_model(llama, t5_folder, asked, held_out):
+    templates = nbkit.context_templates(llama, seed=0)
+    for side, first in (("encoder", False), ("decoder", True)):
+        t5 = load(t5_folder, side=side)
+        assert (t5.n_layers, t5.d_mlp) == (4, 512)
+        assert keys(t5, asked, 2, templates).isfinite().all()
+        start = torch.stack([of_text[0] for of_text in token_keys(t5, held_out, 2)])
+        assert torch.allclose(start, start[:1], rtol=1e-4, atol=1e-4) is first
+        with pytest.raises(ModelError, match="edits, .* for causal decoders"):
+            nbkit.edit(t5, asked)
+    assert (t5_folder / "model.safetensors").stat().st_size <= 10e6

@@ -22,7 +22,7 @@ WORLDS = {
     )
 }
 # name, below data/models -> the world that it was trained on
-MODELS = {"miniworld-gpt2": "miniworld", "miniworld-llama": "miniworld"}
+MODELS = {"miniworld-gpt2": "miniworld", "miniworld-llama": "miniworld", "miniworld-t5": "miniworld"}
 
 # what `read_requests` and `read_texts` know by name
 REQUESTS = {name: world.requests for name, world in WORLDS.items()}
