@@ -2,10 +2,14 @@
 
     ARCHITECTURES["gpt2"].projection_path(3)      # "transformer.h.3.mlp.c_proj"
 
-An architecture is a row of `ARCHITECTURES`, found by a model's `config.model_type`, and never a branch in the code.
+An architecture is a row of `ARCHITECTURES`, found by a model's `config.model_type`, and never a branch in the code. An
+encoder-decoder has two rows in `ENCODER_DECODERS`, one a side.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Architecture:
     `block_gives_tuple`: a block returns a tuple, whose first item is the residual stream, not the tensor itself.
     `float64`: False where transformers' attention makes NaN of a float64 model's padding (its softmax is in float32,
     where the mask's most negative float64 number is -inf).
+    `side`: of an encoder-decoder, which is read for its keys and never edited; None for a decoder by itself.
     """
 
     block: str
@@ -27,6 +32,12 @@ class Architecture:
     adds_bos: bool = False
     block_gives_tuple: bool = False
     float64: bool = True
+    side: Side | None = None
+
+    @property
+    def blocks(self) -> str:
+        """The path of the list of blocks."""
+        return self.block.removesuffix(".{layer}")
 
     def projection_path(self, layer: int) -> str:
         return f"{self.block.format(layer=layer)}.{self.projection}"
@@ -55,3 +66,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         "model.decoder.layers.{layer}", "fc2", "self_attn", "model.decoder.final_layer_norm", adds_bos=True
     ),
 }
+
+# What each side reads stands in models/sides.py.
+ENCODER_DECODERS: dict[str, dict[Side, Architecture]] = {
+    "t5": {
+        "encoder": Architecture(
+            "encoder.block.{layer}", "layer.1.DenseReluDense.wo", "layer.0.SelfAttention", "encoder.final_layer_norm",
+            side="encoder",
+        ),
+        "decoder": Architecture(
+            "decoder.block.{layer}", "layer.2.DenseReluDense.wo", "layer.0.SelfAttention", "decoder.final_layer_norm",
+            adds_bos=True, side="decoder",
+        ),
+    }
+}  # fmt: skip

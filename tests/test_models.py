@@ -126,7 +126,7 @@ def test_an_unknown_name_lists_the_embedded_ones(folder, monkeypatch, tmp_path):
     [
         (transformers.BertConfig(), r"encoder-only \(bert\)"),
         (transformers.RobertaConfig(), r"encoder-only \(roberta\)"),
-        (transformers.T5Config(), r"encoder-decoder \(t5\)"),
+        (transformers.BartConfig(), r"encoder-decoder \(bart\)"),
         (transformers.BloomConfig(), "unknown architecture 'bloom'; known: gpt2, gptj"),
     ],
 )

@@ -114,6 +114,18 @@ def curve_frame():
     return frame.assign(similarity=np.where(frame["position"] == 0, 0.95, 0.15) + RANDOM.normal(0, 0.02, len(rows)))
 
 
+def architectures_panels(axes):
+    """Four models of unlike many layers: by position, then twice by depth."""
+    layers = {"miniworld-gpt2": 8, "miniworld-llama": 8, "miniworld-t5 decoder": 4, "miniworld-t5 encoder": 4}
+    rows = [(name, layer / (n - 1), place) for name, n in layers.items() for layer in range(n) for place in range(12)]
+    frame = pd.DataFrame(rows, columns=["model", "depth", "position"])
+    frame["similarity"] = 0.5 + RANDOM.normal(0, 0.1, len(frame))
+    for ax, x in zip(axes, ["position", "depth", "depth"], strict=True):
+        plots.similarity_curves(frame, ax, x=x, group="model")
+    plots.shared_legend(axes[0].figure, axes, ncols=3)
+    plots.label_panels(axes)
+
+
 def timing_frame():
     models = ["miniworld-gpt2", "gpt2-6x256"]
     paths = [("plain", 1), ("whole passes", 1), ("replay", 1), ("replay", 8), ("replay", 64)]
@@ -192,6 +204,7 @@ FIGURES = {
     "norm_histogram": (lambda ax: plots.norm_histogram(keys_frame(), ax), 2.6, {}),
     "embedding_scatter": (lambda ax: plots.embedding_scatter(embedding_frame(), ax), 3.0, {}),
     "similarity_curves": (lambda ax: plots.similarity_curves(curve_frame(), ax), 2.4, {}),
+    "similarity_by_architecture": (architectures_panels, 2.6, {"ncols": 3}),
     "loss_curve": (lambda ax: plots.loss_curve(LOSS, ax), 2.4, {}),
     "top_tokens": (lambda ax: plots.top_tokens(TOKENS, ax, target=" Krela"), 2.0, {}),
     "seconds_per_edit": (lambda ax: plots.seconds_per_edit(timing_frame(), ax), 2.6, {}),

@@ -68,8 +68,17 @@ class EditableModel:
         weight = self.model.get_parameter(name)
         return weight.T if self.architecture.transposed else weight
 
+    def check_causal(self) -> None:
+        """ModelError for a side of an encoder-decoder: keys are all that is defined for it."""
+        if self.architecture.side:
+            raise ModelError(
+                f"{self.name} is an encoder-decoder ({self.model.config.model_type}), whose keys can be read; edits, "
+                "and what is measured of them, are defined here for causal decoders"
+            )
+
     def weight_of(self, name: str, delta: Update) -> Tensor:
         """The weight that an update is of, as stored; ModelError if there is none of that name and shape in memory."""
+        self.check_causal()
         try:
             weight = self.model.get_parameter(name)
         except AttributeError as error:

@@ -16,8 +16,9 @@ def hyper_parameters(lm: LanguageModel, method: str, **hparams: Any) -> Any:
     """The method's parameters for this model: given ones over the family's over the method's own.
 
     One that is given as None is the default. MethodError if one is unknown, missing, of the wrong type or out of its
-    bounds; ModelError for a layer that does not exist.
+    bounds; ModelError for a layer that does not exist, and for a model that is not edited.
     """
+    lm.check_causal()
     kind = method_named(method).parameters
     names = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(hparams) - set(names))

@@ -76,5 +76,5 @@ def projection_pass(
     projection = lm.projection(layer)
     with capture(projection, "input", shape=batch.shape) as key:
         with capture(projection, "output", shape=batch.shape, stop=True) as value:
-            lm.logits(batch, keep=1)
+            lm.read(batch)
     return key.value, value.value

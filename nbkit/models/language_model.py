@@ -19,18 +19,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from nbkit.architectures import ARCHITECTURES, Architecture
+from nbkit.architectures import ARCHITECTURES, ENCODER_DECODERS, Architecture, Side
 from nbkit.edits.edit import Edit
 from nbkit.edits.edit_files import save_edits
 from nbkit.edits.editable import EditableModel
 from nbkit.edits.ledger import Ledger
 from nbkit.errors import ModelError, ResultsError
+from nbkit.models import sides
 from nbkit.models.rows import Batch
 
 
 @dataclass(eq=False)
 class LanguageModel(EditableModel):
     """A causal model in evaluation mode without gradients, its fast tokenizer, and its row of `ARCHITECTURES`.
+
+    Or one side of an encoder-decoder, which keys are read of; all else is then refused with a ModelError.
 
     overlays: the ledger, then one for each open `with` of nbkit.edits.
     replayable: whether passes may be cut short to what an edit can change; None until it was tried
@@ -46,9 +49,18 @@ class LanguageModel(EditableModel):
         self.overlays.append(Ledger())
 
     @classmethod
-    def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "unnamed") -> "LanguageModel":
-        """Make a LanguageModel of parts already in memory. The model is set to eval, its gradients are switched off."""
-        architecture = architecture_of(model.config, name)
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "unnamed",
+        side: Side = "decoder",
+    ) -> "LanguageModel":
+        """Make a LanguageModel of parts already in memory. The model is set to eval, its gradients are switched off.
+
+        side: of an encoder-decoder; what each reads is said in sides.py.
+        """
+        architecture = architecture_of(model.config, name, side)
         if not tokenizer.is_fast:
             raise ModelError(f"{name}: its tokenizer is not a fast one, which finding the subject's tokens needs")
         if model.dtype == torch.float64 and not architecture.float64:
@@ -57,7 +69,11 @@ class LanguageModel(EditableModel):
             if tokenizer.eos_token_id is None:
                 raise ModelError(f"{name}: its tokenizer has neither a padding nor an end-of-text token")
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
-        return cls(model.eval().requires_grad_(False), architecture, name, tokenizer=tokenizer)
+        model = model.eval().requires_grad_(False)
+        if architecture.side:
+            tokenizer = sides.tokenizer_of(side, model, tokenizer)
+            return cls(model, architecture, name, tokenizer=tokenizer, replayable=False)
+        return cls(model, architecture, name, tokenizer=tokenizer)
 
     @property
     def config(self):
@@ -70,7 +86,7 @@ class LanguageModel(EditableModel):
 
     @property
     def n_layers(self) -> int:
-        return self.config.num_hidden_layers
+        return len(self.model.get_submodule(self.architecture.blocks))
 
     @property
     def d_model(self) -> int:
@@ -82,8 +98,8 @@ class LanguageModel(EditableModel):
 
     @property
     def max_length(self) -> int:
-        """The context: how many tokens the model can read."""
-        return self.config.max_position_embeddings
+        """The context: how many tokens the model can read. T5 sets no bound; its tokenizer may."""
+        return getattr(self.config, "max_position_embeddings", self.tokenizer.model_max_length)
 
     @property
     def ledger(self) -> Ledger:
@@ -119,6 +135,7 @@ class LanguageModel(EditableModel):
         ModelError for a folder with anything but a checkpoint of the same kind, which is overwritten, and for weights
         that are NaN or infinite, which `load` would refuse. ResultsError if it cannot be written.
         """
+        self.check_causal()
         folder = Path(folder)
         _check_folder(folder, self.model.config.model_type)
         check_finite(self.model, self.name, "such a model is not loaded again")
@@ -152,6 +169,7 @@ class LanguageModel(EditableModel):
 
         `keep`, a Boolean (row, position), asks for those positions only: (kept, vocabulary), row by row.
         """
+        self.check_causal()
         return self.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -159,6 +177,13 @@ class LanguageModel(EditableModel):
             use_cache=False,
             logits_to_keep=keep,
         ).logits
+
+    def read(self, batch: Batch) -> None:
+        """One plain forward pass, for hooks to look into."""
+        if self.architecture.side:
+            sides.read(self.model, self.architecture.side, batch)
+        else:
+            self.logits(batch, keep=1)
 
     def check_layer(self, layer: int) -> int:
         """Return `layer`; ModelError if there is none of that number, or its weight is not in memory."""
@@ -193,11 +218,14 @@ class LanguageModel(EditableModel):
         return self.architecture.projection_path(self.check_layer(layer)) + ".weight"
 
 
-def architecture_of(config, name: str) -> Architecture:
+def architecture_of(config, name: str, side: Side = "decoder") -> Architecture:
     """The row of a configuration. ModelError says whether the model is of the wrong kind or only not in the table."""
     kind = config.model_type
-    if kind in ARCHITECTURES:
-        return ARCHITECTURES[kind]
+    rows = ENCODER_DECODERS.get(kind) or ({"decoder": ARCHITECTURES[kind]} if kind in ARCHITECTURES else {})
+    if side in rows:
+        return rows[side]
+    if rows:
+        raise ModelError(f"{name} ({kind}) has no side {side!r}; it has {' and '.join(rows)}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({kind}); edits are defined here for causal decoders")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:

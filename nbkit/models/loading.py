@@ -1,4 +1,4 @@
-"""Loading a causal language model: an embedded one, a local folder, or a Hugging Face id.
+"""Loading a language model: an embedded one, a local folder, or a Hugging Face id.
 
     lm = load("miniworld-gpt2")
 """
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
+from nbkit.architectures import Side
 from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel, architecture_of, check_finite
+from nbkit.records import embedded
 
 
 def embedded_models() -> list[str]:
@@ -26,15 +28,19 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    side: Side = "decoder",
 ) -> LanguageModel:
     """Load an embedded model, a local folder, or a Hugging Face id.
 
     device "auto": the first GPU, else the CPU. dtype "auto": bfloat16 for a bfloat16 checkpoint on a GPU, else
     float32 (a collapsed model overflows float16). Only safetensors are read, and a checkpoint that lacks
     weights or holds NaN is refused: random weights in the gaps would look like a collapse.
+
+    side: of an encoder-decoder (T5), whose keys alone can be read: the "decoder" reads as a language model does, the
+    "encoder" sees both ways (models/sides.py). Other models have a decoder only.
     """
     name = str(name)
-    place = paths.DATA / "models" / name if name in embedded_models() else name
+    place = _place(name)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(place, **source)
@@ -43,12 +49,13 @@ def load(
             f"no model {name!r}: neither embedded ({', '.join(embedded_models()) or 'none'}), nor a folder with a "
             f"model of a known type, nor one that could be had from the Hugging Face hub. {error}"
         ) from error
-    architecture_of(config, name)  # refuses a model before its weights are read
+    architecture = architecture_of(config, name, side)  # refuses a model before its weights are read
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = _dtype(dtype, config, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **source)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSeq2SeqLM if architecture.side else AutoModelForCausalLM
+        model, report = kind.from_pretrained(
             place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -59,9 +66,20 @@ def load(
         raise ModelError(f"{name}: its files lack the weights {', '.join(sorted(report['missing_keys']))}")
     check_finite(model, name, "the file is damaged")
     _align(model)
-    lm = LanguageModel.wrap(model.to(device), tokenizer, name)
+    lm = LanguageModel.wrap(model.to(device), tokenizer, name, side)
     _check_bos(lm)
     return lm
+
+
+def _place(name: str) -> str | Path:
+    """What transformers is to load. ModelError for an embedded model that is not there, which no hub has."""
+    if name in embedded_models():
+        return paths.DATA / "models" / name
+    if name in embedded.MODELS and not Path(name).is_dir():
+        raise ModelError(
+            f"the embedded model {name} is not in {paths.DATA / 'models'}; `make miniworld MODEL={name}` trains it"
+        )
+    return name
 
 
 def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtype:
@@ -76,7 +94,7 @@ def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtyp
 
 def _check_bos(lm: LanguageModel) -> None:
     """Warn when the tokenizer does not do what its family does: the token at position 0 changes every edit."""
-    adds_bos = len(lm.tokenizer("a").input_ids) > len(lm.tokenizer("a", add_special_tokens=False).input_ids)
+    adds_bos = lm.tokenizer("a").input_ids[0] != lm.tokenizer("a", add_special_tokens=False).input_ids[0]
     if adds_bos != lm.architecture.adds_bos:
         habit = "puts no token before a text" if not adds_bos else "puts a token before each text"
         warnings.warn(f"the tokenizer of {lm.name} {habit}, unlike its family's ({lm.config.model_type})", stacklevel=3)

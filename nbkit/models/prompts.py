@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nbkit.errors import PromptError
+from nbkit.errors import ModelError, PromptError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.rows import Batch
 from nbkit.records.requests import EditRequest
@@ -133,8 +133,14 @@ def context_templates(
     """Prefixes to average keys over: "{}", then for each (n_tokens, n_templates) so many sampled texts + ". {}".
 
     The model itself continues the `starts` by n_tokens, each drawn from the `top_k` likeliest tokens, as ROME does.
-    Same seed, same templates; no global random state is touched. Braces in a sample are blanked out.
+    Same seed, same templates; no global random state is touched. Braces in a sample are blanked out. ModelError for an
+    encoder-decoder, which does not continue texts.
     """
+    if lm.architecture.side:
+        raise ModelError(
+            f"{lm.name} is an encoder-decoder, from which no context templates can be sampled; give those of another "
+            "model: context_templates=nbkit.context_templates(other)"
+        )
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for n_tokens, n_templates in lengths:

@@ -96,10 +96,11 @@ def embedding_scatter(
 def similarity_curves(
     frame: pd.DataFrame, ax: Axes, x: str = "position", y: str = "similarity", group: str = "group"
 ) -> Axes:
-    """Median similarity of keys against token position or layer, with the band of the middle half, by group.
+    """Median similarity of keys against token position, layer or depth, with the band of the middle half, by group.
 
     Args:
-        frame: one row a key pair: `x` ("position", counted from 0, or "layer"), `y`, and `group`.
+        frame: one row a key pair: `x` ("position", counted from 0, "layer", or "depth", a layer's from 0 to 1), `y`,
+            and `group`.
     """
     columns(frame, x, y, group)
     handles = []
@@ -109,7 +110,8 @@ def similarity_curves(
         handles += ax.plot(table.index, table[0.5], color=colour, marker=marker, ms=3, mew=0, label=str(name))
     handles.append(Patch(color=GREY, alpha=0.3, lw=0, label="middle half"))
     ax.axhline(0, color=GREY, lw=0.5, zorder=0)
-    xlabel = {"position": "Token position (0 is the first)", "layer": "Layer"}.get(x, x)
-    ax.set(ylim=(min(-0.05, ax.get_ylim()[0]), 1.05), xlabel=xlabel, ylabel="Cosine similarity of keys")
-    integer_axis(ax.xaxis)
+    names = {"position": "Token position (0 is the first)", "layer": "Layer", "depth": "Depth (0 lowest layer, 1 top)"}
+    ax.set(ylim=(min(-0.05, ax.get_ylim()[0]), 1.05), xlabel=names.get(x, x), ylabel="Cosine similarity of keys")
+    if x != "depth":
+        integer_axis(ax.xaxis)
     return legend_above(ax, handles, ncols=3)

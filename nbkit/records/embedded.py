@@ -21,7 +21,8 @@ WORLDS = {
         "miniworld/requests.json", "miniworld/facts.json", "miniworld/perplexity.json", "miniworld/text.txt"
     )
 }
-MODELS = {"miniworld-gpt2": "miniworld"}  # name, below data/models -> the world that it was trained on
+# name, below data/models -> the world that it was trained on
+MODELS = {"miniworld-gpt2": "miniworld", "miniworld-llama": "miniworld", "miniworld-t5": "miniworld"}
 
 # what `read_requests` and `read_texts` know by name
 REQUESTS = {name: world.requests for name, world in WORLDS.items()}

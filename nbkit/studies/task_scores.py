@@ -41,6 +41,7 @@ def task_scores(
     n. With `include_path=None` the tasks are those that come with lm-eval. NbkitError for an unknown task, listing the
     known ones.
     """
+    lm.check_causal()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings about in-process models come with every call
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
