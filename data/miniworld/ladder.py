@@ -9,8 +9,8 @@ such snapshot is asked the same. Trainings resume, and rows are stored as they a
 so what was interrupted goes on where it was. Three tables come of it, each row with its training, step and recipe:
 
 edits: one row an edit (layer, setting, subject_kind, perplexity, perplexity_before, numerator, denominator,
-    signed_denominator k_u·k̄/‖k̄‖, said_plain, said_behind: the new target is the first choice after the prompt alone,
-    behind a sentence).
+    signed_denominator k·u, said_plain, said_behind: the new target is the first choice after the prompt alone, and the
+    share of sentences behind which it is).
 layers: one row a layer: `measures.first_token_regime`.
 recall: one row a kind of subject: n, and the shares of facts said at the plain prompt and behind a sentence.
 """
@@ -152,6 +152,7 @@ class Snapshot:
         after = perplexity(lm, self.questions.texts, edits=made)
         plain = edit_metrics(lm, requests, edits=made)["efficacy_argmax"]
         behind = np.mean([edit_metrics(lm, requests, prefix=each, edits=made)["efficacy_argmax"] for each in UNSEEN], 0)
+        key = "key_mean" if search.get("key_mode") == "prefixed" else "key_plain"
         for place, (request, one) in enumerate(zip(requests, made, strict=True)):
             yield {
                 **request_columns(lm, request),
@@ -161,7 +162,7 @@ class Snapshot:
                 "perplexity_before": self.before,
                 "numerator": one.info["numerator"],
                 "denominator": one.info["denominator"],
-                "signed_denominator": float(one.info["key_plain"] @ one.info["u"]),
+                "signed_denominator": float(one.info[key] @ one.info["u"]),
                 "said_plain": bool(plain[place]),
                 "said_behind": behind[place],
                 **search_of(self.questions.model),
