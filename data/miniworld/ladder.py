@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from miniworld import measures
 from miniworld.card import SENTENCE
 from miniworld.families import FAMILIES
 from miniworld.files import held_out
@@ -33,12 +34,13 @@ from miniworld.recipe import Recipe, recipe_of
 from miniworld.tokenizer import train_tokenizer
 from miniworld.train import train
 from miniworld.world import World
+from nbkit.errors import ModelError
 from nbkit.methods.hparams import HPARAMS
 from nbkit.methods.verbs import edit
 from nbkit.models.loading import load
 from nbkit.models.prompts import context_templates, request_columns, subject_kind
 from nbkit.records.files import write_atomically
-from nbkit.records.provenance import canonical, code_version, digest, provenance
+from nbkit.records.provenance import canonical, code_of, code_version, digest, provenance
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies.metrics import edit_metrics, perplexity
@@ -121,7 +123,7 @@ class Snapshot:
 
     def complete(self, table: str, key: dict, units: Iterable[str], compute: Callable) -> pd.DataFrame:
         """The rows of these units, of which the key says all that determines them besides the model and the code."""
-        code = [code_version(), code_version(Path(__file__).parent)]
+        code = [code_version(), *(code_of(Path(file)) for file in (__file__, measures.__file__))]
         study = self.store.study(f"ladder_{table}", {"model": self.lm.hash, "code": code, **key}, provenance())
         label = f"{self.about['training']}, step {self.about['step']}: {table}"
         return study.complete(units, compute, label).assign(**self.about)
@@ -205,8 +207,13 @@ def climb(
 ) -> dict[str, pd.DataFrame]:
     """The rows by table of all rungs, which are trained and kept below `folder`; before them those of `own`.
 
-    own: the folder of a training that is there, such as the shipped model's, with the snapshots that it has.
+    own: the folder of a training that is there, such as the shipped model's, with the snapshots that it has. ModelError
+    for a layer that the models will not have, before any is trained.
     """
+    for name, recipe in recipes.items():
+        if not set(questions.layers) <= set(range(recipe.n_layers)):
+            layers = ", ".join(map(str, questions.layers))
+            raise ModelError(f"{name} will have layers 0 to {recipe.n_layers - 1}, and {layers} are to be edited")
     store, measured = Store(folder / "results"), []
     for path in snapshots_in(own) if own is not None else ():
         measured.append(Snapshot(path, questions, store).tables())
