@@ -36,6 +36,14 @@ def test_shares_count_each_group_with_wilsons_interval():
     assert table.loc["later", "low"] == 0
 
 
+def test_shares_of_groups_that_several_columns_name():
+    frame = FRAME.assign(seed=[0, 0, 1, 1, 1, 1])
+    table = shares(frame, ratio=10, by=["seed", "subject_kind"])
+    expected = frame.groupby(["seed", "subject_kind"], sort=False).size()
+    assert table.set_index(["seed", "subject_kind"])["n"].to_dict() == expected.to_dict()
+    assert table["collapsed"].sum() == 3
+
+
 def risky(scores, perplexities):
     return pd.DataFrame({"risk": scores, "perplexity": perplexities, "perplexity_before": 1.0})
 

@@ -157,6 +157,22 @@ def growth_frame():
     return pd.DataFrame({"n": n, "items": items, "seconds_per_item": seconds, "peak_memory": memory})
 
 
+def trainings_frame():
+    """Edits of two kinds at four doses of two seeds each: fewer of the first kind collapse, the larger the dose."""
+    rows = list(itertools.product([0.0, 0.02, 0.1, 0.4], [0, 1], KINDS[:2], range(8)))
+    frame = pd.DataFrame(rows, columns=["opening", "seed", "group", "edit"])
+    broken = (frame["group"] == KINDS[0]) & (frame["edit"] >= 16 * frame["opening"] + frame["seed"])
+    frame["step"], frame["perplexity_before"] = frame["opening"] * 10_000, 3.0
+    frame["perplexity"] = np.where(broken, [math.nan, 700.0] * (len(frame) // 2), 3.1)
+    return frame.assign(signed_denominator=frame["opening"] + frame["edit"] - 3)
+
+
+def trainings_values(name):
+    """One value a training and group."""
+    table = trainings_frame().drop_duplicates(["opening", "seed", "group"])
+    return table.assign(**{name: 0.1 + table["opening"] + table["seed"] / 10})
+
+
 LOSS = pd.DataFrame({"step": range(6), "nll": [6, 3, 1.5, 0.7, 0.2, 0.04], "kl": 0.01, "weight_decay": 0.02})
 TOKENS = pd.DataFrame(
     {"token": [" Krela", "\n", " $x$", " averyveryverylongtokenthatdoesnotend"], "before": [0.1, 0.2, 0.3, 0.05],
@@ -188,6 +204,11 @@ def throughput_panels(axes):
     plots.label_panels(axes.flat)
 
 
+def training_panels(x):
+    edits, alike, known = trainings_frame(), trainings_values("similarity"), trainings_values("recall")
+    return lambda axes: plots.training_panels(edits, alike, known, axes, x)
+
+
 # name: (draws on an axes or an array of them, height in inches, arguments of plt.subplots)
 FIGURES = {
     "perplexity_per_edit": (lambda ax: plots.perplexity_per_edit(single_frame(), ax), 2.5, {}),
@@ -213,6 +234,8 @@ FIGURES = {
     "memory_growth": (lambda ax: plots.cost_growth(growth_frame(), ax, y="peak_memory"), 2.2, {}),
     "throughput": (throughput_panels, 4.6, {"nrows": 2, "ncols": 2}),
     "methods": (methods_panels, 1.9, {"ncols": 2}),
+    "training_by_step": (training_panels("step"), 5.0, {"nrows": 2, "ncols": 2}),
+    "training_by_dose": (training_panels("opening"), 5.0, {"nrows": 2, "ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 
@@ -536,6 +559,36 @@ def test_growth_is_the_mean_over_requests_not_over_batches(ax):
     assert line.get_ydata().tolist() == [2, 2] and ax.get_ylim()[0] == 0
 
 
+def test_every_training_is_a_point_with_its_interval_and_the_line_is_their_mean(ax):
+    plots.collapse_over(trainings_frame(), ax, x="opening", group="group")
+    points_of = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert len(points_of) == 4 * 2 * 2 and len({line.get_xdata()[0] for line in points_of}) == 16
+    hard = sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in points_of if line.get_marker() == "D")
+    counts = [8, 7, 7, 6, 6, 5, 1, 0]
+    assert [y for _, y in hard] == pytest.approx([count / 8 for count in counts])
+    colour = next(line.get_color() for line in points_of if line.get_marker() == "D")
+    mean, *bars = [line for line in ax.lines if line.get_color() == colour and line.get_linestyle() == "-"]
+    assert mean.get_ydata() == pytest.approx(np.reshape(counts, (4, 2)).mean(1) / 8)
+    interval = stats.binomtest(7, 8).proportion_ci(method="wilson")
+    assert bars[1].get_ydata() == pytest.approx([interval.low, interval.high])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.02", "0.1", "0.4"]
+
+
+def test_medians_of_trainings_have_bars_over_their_middle_half(ax):
+    plots.median_over(trainings_frame(), ax, "signed_denominator", "step", "group")
+    points_of = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert sorted({line.get_ydata()[0] for line in points_of}) == pytest.approx([0.5, 0.52, 0.6, 0.9])
+    bars = [line.get_ydata() for line in ax.lines if line.get_linestyle() == "-" and len(set(line.get_xdata())) == 1]
+    assert bars[0] == pytest.approx([-1.25, 2.25]) and len(bars) == 16
+
+
+def test_a_training_with_several_values_of_a_kind_is_refused(ax):
+    frame = trainings_values("recall")
+    plots.value_over(frame, ax, "recall", "step", "group")
+    with pytest.raises(ValueError, match="several rows of one step, seed and group"):
+        plots.value_over(pd.concat([frame, frame.iloc[:1]]), ax, "recall", "step", "group")
+
+
 def test_the_papers_settings_hold_inside_the_with_only():
     before = dict(mpl.rcParams)
     with plots.paper_style():
@@ -583,7 +636,8 @@ def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
     [(plots.perplexity_per_edit, single_frame()), (plots.denominators, single_frame()), (plots.top_tokens, TOKENS),
      (plots.sequential_curves, sequence_frame()), (plots.similarity_histogram, keys_frame()),
      (plots.seconds_per_edit, timing_frame()), (plots.time_shares, shares_frame()),
-     (plots.cost_growth, growth_frame())],
+     (plots.cost_growth, growth_frame()),
+     (lambda frame, ax: plots.collapse_over(frame, ax, group="group"), trainings_frame())],
 )  # fmt: skip
 def test_missing_columns_and_empty_frames_are_named(ax, function, frame):
     with pytest.raises(ValueError, match="no rows"):

@@ -1,4 +1,4 @@
-"""`python data/miniworld train | card`: make the embedded model from nothing, or measure the one that is there."""
+"""`python data/miniworld train | card | ladder`: make the embedded model from nothing, and measure what came of it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The commands of `python data/miniworld`: make an embedded model from nothing, or measure one that is there."""
+"""The commands of `python data/miniworld`: make an embedded model from nothing, measure one, or many on their way."""
 
 import shutil
 from pathlib import Path
@@ -21,9 +21,13 @@ def train(
     ),
     n_steps: Annotated[int | None, typer.Option(help="Training steps; the recipe's own if not given.")] = None,
 ):
-    """Write the world's files, train a model of it (going on where it stopped), ship and measure it."""
+    """Write the world's files, train a model of it (going on where it stopped), ship and measure it.
+
+    What the model was at some steps of its training is kept below the work folder, for `ladder`.
+    """
     from miniworld.families import FAMILIES
     from miniworld.files import held_out, write_files
+    from miniworld.ladder import snapshot_steps
     from miniworld.recipe import recipe_of
     from miniworld.tokenizer import train_tokenizer
     from miniworld.train import ship
@@ -33,7 +37,8 @@ def train(
     world, folder = build_world(), paths.DATA / "models" / model
     write_files(world, paths.DATA)
     tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
-    trained = train_model(recipe, world, tokenizer, held_out(world), work / model)
+    kept = snapshot_steps(recipe.n_steps)
+    trained = train_model(recipe, world, tokenizer, held_out(world), work / model, snapshots=kept)
     ship(recipe, trained, tokenizer, folder)
     shutil.copy(work / model / "training_log.jsonl", folder)
     card(model)
@@ -73,3 +78,38 @@ def efficacy(
     sweep = efficacy_sweep(lm, unreported_requests(lm, n), range(1, lm.n_layers - 1))
     print(sweep.round(3).to_string(index=False))
     print("chosen:", chosen(sweep).to_dict())
+
+
+@app.command()
+def ladder(
+    model: Name = "miniworld-gpt2",
+    opening: Annotated[list[float], typer.Option(help="Share of windows that open as prompts do; once for each.")] = (
+        0.0,
+        0.02,
+        0.1,
+        0.4,
+    ),
+    seed: Annotated[list[int], typer.Option(help="Seed of a training; once for each.")] = (0, 1),
+    n_steps: Annotated[int, typer.Option(help="Steps of each training.")] = 4000,
+    layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (2, 3, 4),
+    n_first: Annotated[int, typer.Option(help="Edits of one-token first subjects, of each snapshot and layer.")] = 24,
+    n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 12,
+    every: Annotated[int, typer.Option(help="Of the facts, one in so many is asked for.")] = 4,
+    work: Annotated[Path, typer.Option(help="Folder for trainings and rows.")] = paths.RUNS / "miniworld" / "ladder",
+    own: Annotated[Path | None, typer.Option(help="Folder of the model's own training, as `train` left it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = paths.DATA / "miniworld" / "ladder",
+):
+    """Train short models at several doses of `opening`, and measure when they, and the model itself, became breakable.
+
+    What was trained and measured before an interrupt is not done again.
+    """
+    from miniworld.ladder import REPORTED, Questions, climb, export, rungs, snapshots_in
+    from nbkit.records.requests import read_requests, read_texts
+
+    own = paths.RUNS / "miniworld" / model if own is None else own
+    if not snapshots_in(own):
+        typer.echo(f"{own} holds no snapshots of {model}: `python data/miniworld train {model}` keeps them", err=True)
+    requests, texts = read_requests("miniworld", seed=0)[REPORTED:], read_texts("miniworld", limit=50)
+    questions = Questions(build_world(), requests, texts, model, tuple(layer), n_first, n_others, every)
+    export(climb(rungs(model, opening, seed, n_steps), questions, work, own), out)
+    typer.echo(f"the rows are in {out}")

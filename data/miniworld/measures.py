@@ -19,15 +19,15 @@ from nbkit.studies.single import single_edits
 LATER = 8  # a position that is no longer near the first; queries before it have little else to attend to
 
 
-def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 256) -> pd.DataFrame:
+def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 256, every: int = 1) -> pd.DataFrame:
     """Whether the model's first choice after each template of each fact is its object, behind the text `before`.
 
-    One row a fact and template: relation_id, template, subject_kind, correct.
+    One row a fact and template: relation_id, template, subject_kind, correct. Of the facts, one in `every` is asked.
     """
     subjects = list(world.facts_about())
     single = {subject for subject, ids in zip(subjects, tokenize(lm, subjects), strict=True) if len(ids) == 1}
     rows, prompts, targets = [], [], []
-    for fact in world.facts:
+    for fact in world.facts[::every]:
         for number, template in enumerate(fact.relation.templates):
             kind = "one-token first" if fact.subject in single else "several-token first"
             kind = kind if template.startswith("{}") else "later"
@@ -38,32 +38,41 @@ def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 
 
 
 def first_token_regime(
-    lm: LanguageModel, requests: Sequence[EditRequest], texts: Sequence[str], n: int = 100
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    texts: Sequence[str],
+    n: int = 100,
+    layers: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """How the keys of the first position differ from others, one row a layer, from `n` requests of each kind and texts.
 
     Columns, the similarities being medians of cosines: position_0 and position_8, between different texts at one
     position; one_token_first and several_token_first, between a subject's key in the plain prompt and behind each
-    prefix; ratio, the median of (k_u · k̄)/(k̄ · k̄) of one-token first subjects; norm_plain and norm_prefixed, their
-    median key norms; attention_0, the mean attention on position 0, over heads and queries from position 8 on.
+    prefix; ratio, the median of (k_u · k̄)/(k̄ · k̄) of one-token first subjects, and negative, the share of them
+    whose ratio is; norm_plain and norm_prefixed, their median key norms; attention_0, the mean attention on position 0,
+    over heads and queries from position 8 on.
+
+    layers: None takes all.
     """
     kinds = [subject_kind(lm, request) for request in requests]
     groups = {kind: [r for r, k in zip(requests, kinds, strict=True) if k == kind][:n] for kind in set(kinds)}
     templates, attention = context_templates(lm, seed=0), attention_on_first(lm, texts[:n])
     long = [text for text, row in zip(texts, tokenize(lm, texts), strict=True) if len(row) > LATER][:n]
     rows = []
-    for layer in range(lm.n_layers):
+    for layer in range(lm.n_layers) if layers is None else layers:
         by_token = token_keys(lm, long, layer)
         one = keys(lm, groups["one-token first"], layer, templates)  # (request, template, d_mlp)
         several = keys(lm, groups["several-token first"], layer, templates)
         mean = one.mean(1)
+        ratios = (one[:, 0] * mean).sum(-1) / (mean * mean).sum(-1)
         row = {
             "layer": layer,
             "position_0": _pairwise_median(torch.stack([of_text[0] for of_text in by_token])),
             f"position_{LATER}": _pairwise_median(torch.stack([of_text[LATER] for of_text in by_token])),
             "one_token_first": torch.cosine_similarity(one[:, :1], one[:, 1:], dim=-1).median().item(),
             "several_token_first": torch.cosine_similarity(several[:, :1], several[:, 1:], dim=-1).median().item(),
-            "ratio": ((one[:, 0] * mean).sum(-1) / (mean * mean).sum(-1)).median().item(),
+            "ratio": ratios.median().item(),
+            "negative": (ratios < 0).double().mean().item(),
             "norm_plain": one[:, 0].norm(dim=-1).median().item(),
             "norm_prefixed": one[:, 1:].norm(dim=-1).median().item(),
             "attention_0": attention[layer],

@@ -20,17 +20,17 @@ def outcomes(frame: pd.DataFrame, ratio: float = 10.0) -> pd.Series:
     return pd.Series(np.where(broken, "collapse", "normal"), index=frame.index, name="outcome")
 
 
-def shares(frame: pd.DataFrame, ratio: float = 10.0, by: str = "subject_kind") -> pd.DataFrame:
+def shares(frame: pd.DataFrame, ratio: float = 10.0, by: str | list[str] = "subject_kind") -> pd.DataFrame:
     """How many edits of each group collapse: `by`, n, collapsed, share, and Wilson's 95 % interval as low and high.
 
-    Groups come in the order of their first row.
+    by: the column that names the group, or several. Groups come in the order of their first row.
     """
-    rows = []
-    for name, group in outcomes(frame, ratio).groupby(frame[by], sort=False):
+    by, rows = [by] if isinstance(by, str) else by, []
+    for names, group in outcomes(frame, ratio).groupby([frame[column] for column in by], sort=False):
         hits, n = int((group == "collapse").sum()), len(group)
         interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
-        row = {by: name, "n": n, "collapsed": hits, "share": hits / n, "low": interval.low, "high": interval.high}
-        rows.append(row)
+        row = {"n": n, "collapsed": hits, "share": hits / n, "low": interval.low, "high": interval.high}
+        rows.append(dict(zip(by, names, strict=True)) | row)
     return pd.DataFrame(rows)
 
 

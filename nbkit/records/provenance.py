@@ -72,7 +72,7 @@ def files_digest(folder: Path) -> str:
     return digest([[p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()] for p in files])
 
 
-def _code(path: Path) -> str:
+def code_of(path: Path) -> str:
     """A source file without comments, docstrings and layout."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -92,7 +92,7 @@ def code_version(package: Path | None = None) -> str:
         if path.name == "__init__.py" or not set(relative.parts).isdisjoint(NOT_DETERMINING):
             continue
         if path.suffix == ".py":
-            parts[relative.as_posix()] = _code(path)
+            parts[relative.as_posix()] = code_of(path)
         elif path.suffix == ".toml":
             parts[relative.as_posix()] = path.read_text(encoding="utf-8")
     return digest(parts)

@@ -28,12 +28,21 @@ from nbkit.errors import ResultsError
 from nbkit.records.files import write_atomically
 from nbkit.records.provenance import canonical, digest, now, plain, provenance
 
-__all__ = ["Store", "Study", "provenance"]
+__all__ = ["Store", "Study", "provenance", "read_table"]
 
 FLUSH_SECONDS = 5.0  # what a killed process can lose, unless one unit takes longer
 
 # Units that a failed write left in memory, by study folder: opening the study again in this process takes them over.
 _kept: dict[Path, dict[str, list[dict]]] = {}
+
+
+def read_table(path: str | Path, made_by: str) -> pd.DataFrame:
+    """The rows of one Parquet file that a command has written; ResultsError, naming the command, where it is not."""
+    try:
+        return pd.read_parquet(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise ResultsError(f"{path} {what}: `{made_by}` makes it") from error
 
 
 class Store:
