@@ -3,7 +3,7 @@
     model = build_model(recipe, tokenizer)
     next_token_loss(model, windows).backward()
 
-Attention is "eager" in training: at heads of 64 numbers that is faster on a CPU than the fused kernels.
+Attention is "eager" in training: with heads and windows so small that is faster on a CPU than the fused kernels.
 """
 
 from collections.abc import Callable
