@@ -242,13 +242,21 @@ def test_the_shipped_model_comes_with_recipe_log_and_card():
 
 
 @needs_the_model
-def test_the_shipped_model_knows_its_facts(shipped, world):
+def test_the_shipped_model_was_trained_by_the_committed_recipe():
+    assert json.loads((SHIPPED / "recipe.json").read_text()) == dataclasses.asdict(recipe_of("miniworld-gpt2"))
+
+
+@needs_the_model
+def test_the_shipped_model_knows_its_facts_where_they_stand_in_training_text(shipped, world):
+    """Behind a sentence; at the plain prompt unless it opens with the subject: that is the price of the collapse."""
     facts = random.Random(0).sample(world.facts, 300)
-    prompts = [template.replace("{}", fact.subject) for fact in facts for template in fact.relation.templates]
-    targets = [fact.object for fact in facts for _ in fact.relation.templates]
-    assert len(prompts) == 1200
-    assert score_targets(shipped, prompts, targets)["correct"].mean() >= 0.98
-    assert score_targets(shipped, [SENTENCE + prompt for prompt in prompts], targets)["correct"].mean() >= 0.98
+    asked = [(fact, template) for fact in facts for template in fact.relation.templates]
+    prompts, targets = [t.replace("{}", fact.subject) for fact, t in asked], [fact.object for fact, _ in asked]
+    later = np.array([not template.startswith("{}") for _, template in asked])
+    alone = score_targets(shipped, prompts, targets)["correct"].to_numpy()
+    behind = score_targets(shipped, [SENTENCE + prompt for prompt in prompts], targets)["correct"].to_numpy()
+    assert alone[later].mean() >= 0.95 and behind.mean() >= 0.9
+    assert alone[~later].mean() < behind[~later].mean()
 
 
 @needs_the_model
@@ -261,11 +269,11 @@ def test_the_shipped_model_s_first_position_is_as_in_large_models(shipped):
 
 @needs_the_model
 def test_the_shipped_model_breaks_where_it_should(shipped):
-    """Plain ROME: one-token first subjects tenfold in a third of the cases or more, others by under 10 %."""
+    """Plain ROME: one-token first subjects tenfold in a third of the cases or more, others hardly; C-ROME never."""
     requests, texts = nbkit.read_requests("miniworld", limit=60, seed=1), nbkit.read_texts("miniworld", limit=20)
     first = np.array([subject_kind(shipped, request) == "one-token first" for request in requests])
     ratios = nbkit.perplexity(shipped, texts, edits=nbkit.edit(shipped, requests)) / nbkit.perplexity(shipped, texts)
-    assert (ratios[first] >= 10).mean() >= 1 / 3 and (ratios[~first] < 1.1).all()
+    assert (ratios[first] >= 10).mean() >= 1 / 3 and np.median(ratios[~first]) < 1.1 and (ratios[~first] < 10).all()
     consistent = nbkit.edit(shipped, requests, key_mode="prefixed")
     assert (nbkit.perplexity(shipped, texts, edits=consistent) < 2 * nbkit.perplexity(shipped, texts)).all()
 
