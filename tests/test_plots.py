@@ -189,6 +189,17 @@ def tasks_panels(axes):
     plots.shared_legend(shown[0].figure, shown)
 
 
+def one_edit_panels(axes):
+    """Two edits, with as many templates and tokens as the notebook shows."""
+    similar = pd.DataFrame({"similarity": [1.0] + [-0.1] * 20})
+    tokens = pd.DataFrame({"token": [f" Harkchion{i}" for i in range(11)], "before": 0.05, "after": 0.9})
+    for row in axes:
+        plots.one_edit_panels(similar, LOSS, {"plain prompt": tokens, "unseen prefix": tokens}, row, " Harkchion0")
+        row[0].set_ylabel("Fairkflus Zouleash\n(later)")
+    plots.shared_legend(axes[0, 0].figure, axes.flat)
+    plots.label_panels(axes[0])
+
+
 def sequence_panels(axes):
     plots.sequential_curves(sequence_frame(), axes[0])
     plots.sequential_curves(sequence_frame(), axes[1], y="efficacy", band="iqr")
@@ -228,6 +239,7 @@ FIGURES = {
     "similarity_by_architecture": (architectures_panels, 2.6, {"ncols": 3}),
     "loss_curve": (lambda ax: plots.loss_curve(LOSS, ax), 2.4, {}),
     "top_tokens": (lambda ax: plots.top_tokens(TOKENS, ax, target=" Krela"), 2.0, {}),
+    "one_edit": (one_edit_panels, 4.6, {"nrows": 2, "ncols": 4}),
     "seconds_per_edit": (lambda ax: plots.seconds_per_edit(timing_frame(), ax), 2.6, {}),
     "time_shares": (lambda ax: plots.time_shares(shares_frame(), ax), 2.2, {}),
     "cost_growth": (lambda ax: plots.cost_growth(growth_frame(), ax), 2.2, {}),
@@ -513,6 +525,24 @@ def test_loss_parts_add_up_and_a_loss_that_became_nan_is_drawn(ax):
     (total,) = [line for line in ax.lines if line.get_label() == "total"]
     np.testing.assert_allclose(total.get_ydata(), LOSS[["nll", "kl", "weight_decay"]].sum(axis=1))
     plots.loss_curve(LOSS.assign(nll=[6, 5, 4, 3, 2, math.nan]), ax.figure.subplots())
+
+
+def test_the_stopping_loss_is_a_line_where_there_is_one(ax):
+    plots.loss_curve(LOSS, ax, threshold=0.2)
+    (stop,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert set(stop.get_ydata()) == {0.2} and "stop below 0.2" in labels_of(ax)
+    ax.clear()
+    plots.loss_curve(LOSS, ax, threshold=None)
+    assert len(ax.lines) == 1
+
+
+def test_panels_of_edits_share_a_legend_that_names_lines_and_areas():
+    with plots.paper_style():
+        fig = draw("one_edit")
+        shown = [text.get_text() for text in fig.legends[0].get_texts()]
+        plt.close(fig)
+    search = ["new target (NLL)", "essence (KL)", "size of the change", "total", "stop below 0.05"]
+    assert shown == [*search, "before", "after"]
 
 
 def test_token_labels_show_blanks_and_no_mathematics(ax):

@@ -1,7 +1,10 @@
 """One edit seen from inside: how its value was found, what it does to the next token, which key it uses."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.axes import Axes
 
 from nbkit.plots.style import (
@@ -14,7 +17,6 @@ from nbkit.plots.style import (
     SKY,
     VERMILION,
     columns,
-    integer_axis,
     legend_above,
 )
 
@@ -36,7 +38,7 @@ def loss_curve(frame: pd.DataFrame, ax: Axes, threshold: float | None = 0.05) ->
         ax.axhline(threshold, label=f"stop below {threshold:g}", **REFERENCE)
     ax.set(xlim=(frame["step"].min(), frame["step"].max()), ylim=(0, None))
     ax.set(xlabel="Optimisation step", ylabel="Loss of $v^*$ (nats)")
-    integer_axis(ax.xaxis)
+    ax.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     return legend_above(ax)
 
 
@@ -75,8 +77,34 @@ def template_similarity(frame: pd.DataFrame, ax: Axes) -> Axes:
     columns(frame, "template", "similarity")
     at = np.arange(len(frame))
     ax.hlines(at, 0, frame["similarity"], color=GREY, lw=0.6)
-    ax.plot(frame["similarity"], at, ls="none", marker="o", color=BLUE, ms=3.5)
+    ax.plot(frame["similarity"], at, ls="none", marker="o", color=BLUE, ms=3.5, clip_on=False)
     ax.set_yticks(at, [_plain_text(template) for template in frame["template"]])
     ax.invert_yaxis()
     ax.set(xlim=(min(0.0, float(frame["similarity"].min()) - 0.05), 1.03), xlabel="Cosine to the plain key")
     return ax
+
+
+def one_edit_panels(
+    similar: pd.DataFrame,
+    losses: pd.DataFrame,
+    said: Mapping[str, pd.DataFrame],
+    axes,
+    target: str | None = None,
+    threshold: float | None = 0.05,
+) -> np.ndarray:
+    """A row of panels about one edit: the cosines of its key, its search for v*, and its next tokens at each place.
+
+    Args:
+        similar: similarity, of the empty template first; what the others say is not shown.
+        losses, threshold: as for `loss_curve`.
+        said: {where it was asked: as for `top_tokens`}; a panel for each. target: as there.
+        axes: 2 + len(said) of them.
+    """
+    cosine, search, *tokens = axes
+    template_similarity(similar.assign(template=""), cosine)
+    ends = {0: "plain", len(similar) - 1: f"prefix {len(similar) - 1}"} if len(similar) > 1 else {0: "plain"}
+    cosine.set_yticks(list(ends), list(ends.values()))
+    loss_curve(losses, search, threshold)
+    for ax, (where, frame) in zip(tokens, said.items(), strict=True):
+        top_tokens(frame, ax, target).set_xlabel(f"Probability,\n{where}")
+    return np.asarray(axes)

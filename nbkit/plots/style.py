@@ -133,9 +133,10 @@ def shared_legend(fig: Figure, axes: Iterable[Axes], ncols: int = 4) -> None:
     for ax in axes:
         legend = ax.get_legend()
         if legend is not None:
-            handles |= {h.get_label(): h for h in legend.legend_handles if h.get_label() not in handles}
+            named = zip((text.get_text() for text in legend.get_texts()), legend.legend_handles, strict=True)
+            handles |= {name: handle for name, handle in named if name not in handles}
             legend.remove()
-    fig.legend(handles=list(handles.values()), loc="outside upper center", ncols=ncols)
+    fig.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=ncols)
 
 
 def label_panels(axes: Iterable[Axes]) -> None:
