@@ -15,16 +15,16 @@ def shipped():
     return nbkit.load("miniworld-gpt2", device="cpu")
 
 
-def sweep_of(said: dict[tuple[int, float], float]) -> pd.DataFrame:
-    rows = [{"layer": layer, "clamp_norm_factor": clamp, "said": value} for (layer, clamp), value in said.items()]
+def sweep_of(said: dict[tuple[int, int], float]) -> pd.DataFrame:
+    rows = [{"layer": layer, "setting": setting, "said": value} for (layer, setting), value in said.items()]
     return pd.DataFrame(rows)
 
 
-def test_of_what_is_close_to_the_best_the_smallest_clamp_then_the_earliest_layer_is_taken():
+def test_of_what_is_close_to_the_best_the_first_setting_then_the_earliest_layer_is_taken():
     far, close = 1 - 2 * TOLERANCE, 1 - TOLERANCE / 2
-    taken = chosen(sweep_of({(1, 4.0): far, (4, 8.0): close, (3, 8.0): close, (2, 16.0): 1.0}))
-    assert (taken["layer"], taken["clamp_norm_factor"]) == (3, 8.0)
-    assert chosen(sweep_of({(2, 4.0): far, (5, 16.0): 1.0}))["layer"] == 5
+    taken = chosen(sweep_of({(1, 0): far, (4, 1): close, (3, 1): close, (2, 2): 1.0}))
+    assert (taken["layer"], taken["setting"]) == (3, 1)
+    assert chosen(sweep_of({(2, 0): far, (5, 3): 1.0}))["layer"] == 5
 
 
 def test_the_choice_is_made_on_known_facts_that_are_no_requests_and_not_on_what_collapses(shipped):

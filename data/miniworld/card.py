@@ -86,6 +86,7 @@ def write_card(
         chosen_layer=f"{best['layer']:.0f}",
         chosen_decay=f"{best['v_weight_decay']:g}",
         chosen_clamp=f"{best['clamp_norm_factor']:g}",
+        chosen_steps=f"{best['v_num_grad_steps']:.0f}",
         efficacy=markdown(efficacy),
         n_texts=len(texts),
         sentence_perplexity=f"{perplexity(lm, texts):.3f}",

@@ -3,8 +3,8 @@
 The facts are of facts.json and not of requests.json, and only those that the model knows. Only subjects of several
 tokens and such as stand later in the prompt count: whether the edits of one-token first subjects break the model must
 have no say in it. The rule: of the settings whose edits are said (the new target is the model's first choice, mean over
-the plain prompt and two sentences before it) within TOLERANCE of the best, the one with the smallest clamp, and of
-those the earliest layer.
+the plain prompt and two sentences before it) within TOLERANCE of the best, the first in SETTINGS, and of those the
+earliest layer.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ from nbkit.models.prompts import subject_kind
 from nbkit.records.requests import EditRequest, read_requests
 from nbkit.studies.metrics import edit_metrics, score_targets
 
-PUBLISHED = {"v_weight_decay": 0.5, "clamp_norm_factor": 4.0}  # ROME's, as tuned for GPT-2 XL
+PUBLISHED = {"v_weight_decay": 0.5, "clamp_norm_factor": 4.0, "v_num_grad_steps": 20}  # ROME's, made for GPT-2 XL
 SETTINGS = (
     PUBLISHED,
-    {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0},
-    {"v_weight_decay": 0.005, "clamp_norm_factor": 16.0},
-)
+    {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0, "v_num_grad_steps": 20},
+    {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0, "v_num_grad_steps": 50},
+    {"v_weight_decay": 0.005, "clamp_norm_factor": 16.0, "v_num_grad_steps": 50},
+)  # each gives the search for v* more room than the one before
 SENTENCES = ("The old bridge in the park was quiet. {}", "They carried a chair from the kitchen, but it was heavy. {}")
 KINDS = ("several-token first", "later")
 TOLERANCE = 0.03
@@ -50,17 +51,17 @@ def efficacy_sweep(
 ) -> pd.DataFrame:
     """How often the new target is said, by layer and setting: at the plain prompt, behind sentences, and their mean.
 
-    One row a layer and setting: layer, the setting's numbers, n, said_plain, said_behind, said, stopped (share of the
+    One row a layer and setting: layer, the setting's place in SETTINGS and numbers, n, said_plain, said_behind, said, stopped (share of the
     searches that reached their stopping loss).
     """
     rows = []
-    for layer, setting in tqdm(list(product(layers, SETTINGS)), desc="efficacy", unit="setting"):
+    for layer, (number, setting) in tqdm(list(product(layers, enumerate(SETTINGS))), desc="efficacy", unit="setting"):
         edits = edit(lm, requests, method, layer=layer, progress=False, **setting)
         plain, *behind = [
             edit_metrics(lm, requests, prefix=prefix, edits=edits)["efficacy_argmax"].mean()
             for prefix in ("{}", *SENTENCES)
         ]
-        row = {"layer": layer, **setting, "n": len(requests), "said_plain": plain}
+        row = {"layer": layer, "setting": number, **setting, "n": len(requests), "said_plain": plain}
         row["said_behind"] = sum(behind) / len(behind)
         row["said"] = (row["said_plain"] + row["said_behind"]) / 2
         row["stopped"] = sum(one.info["stop_reason"] == "loss" for one in edits) / len(edits)
@@ -71,4 +72,4 @@ def efficacy_sweep(
 def chosen(sweep: pd.DataFrame) -> pd.Series:
     """The row that the rule takes."""
     close = sweep[sweep["said"] >= sweep["said"].max() - TOLERANCE]
-    return close.sort_values(["clamp_norm_factor", "layer"]).iloc[0]
+    return close.sort_values(["setting", "layer"]).iloc[0]
