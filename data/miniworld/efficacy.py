@@ -51,8 +51,8 @@ def efficacy_sweep(
 ) -> pd.DataFrame:
     """How often the new target is said, by layer and setting: at the plain prompt, behind sentences, and their mean.
 
-    One row a layer and setting: layer, the setting's place in SETTINGS and numbers, n, said_plain, said_behind, said, stopped (share of the
-    searches that reached their stopping loss).
+    One row a layer and setting: layer, the setting's place in SETTINGS and its numbers, n, said_plain, said_behind,
+    said, stopped (share of the searches that reached their stopping loss).
     """
     rows = []
     for layer, (number, setting) in tqdm(list(product(layers, enumerate(SETTINGS))), desc="efficacy", unit="setting"):
