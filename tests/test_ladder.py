@@ -174,7 +174,7 @@ def test_what_a_model_has_of_its_own_in_the_table_is_what_the_search_takes(tmp_p
     path = tmp_path / "hparams.toml"
     path.write_text("[rome]\nv_weight_decay = 0.5\n[rome.this]\nlayer = 3\nclamp_norm_factor = 6.0\n")
     monkeypatch.setattr(ladder, "HPARAMS", path)
-    assert search_of("this") == {"v_weight_decay": ladder.SEARCH["v_weight_decay"], "clamp_norm_factor": 6.0}
+    assert search_of("this") == {**ladder.SEARCH, "clamp_norm_factor": 6.0}
     assert search_of("that") == ladder.SEARCH
 
 

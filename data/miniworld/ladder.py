@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from miniworld import measures
+from miniworld import efficacy, measures
 from miniworld.card import SENTENCE
 from miniworld.families import FAMILIES
 from miniworld.files import held_out
@@ -48,9 +48,8 @@ from nbkit.studies.metrics import edit_metrics, perplexity
 TABLES = ("edits", "layers", "recall")
 REPORTED = 200  # requests of seed 0 that figures report at most: the ladder's come after them
 SETTINGS = {"ROME": {}, "C-ROME": {"key_mode": "prefixed"}}
-# The published decay and bound keep the values of so small a model from moving far enough for most edits to take.
-SEARCH = {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0}
-UNSEEN = ("The old bridge in the park was quiet. {}", "They carried a chair from the kitchen, but it was heavy. {}")
+SEARCH = efficacy.SETTINGS[-1]  # the most room: under the published settings few edits of so small a model take
+UNSEEN = efficacy.SENTENCES
 
 
 def snapshot_steps(n_steps: int) -> list[int]:
@@ -68,7 +67,7 @@ def rungs(model: str, openings: Sequence[float], seeds: Sequence[int], n_steps: 
 
 
 def search_of(model: str) -> dict[str, float]:
-    """The decay and the clamp of the search for v*: the model's own of hparams.toml, where it has any, or `SEARCH`."""
+    """The room of the search for v*: the model's own of hparams.toml, where it has any, or `SEARCH`."""
     own = tomllib.loads(HPARAMS.read_text(encoding="utf-8"))["rome"].get(model, {})
     return {name: own.get(name, value) for name, value in SEARCH.items()}
 
