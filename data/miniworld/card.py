@@ -52,7 +52,7 @@ def write_card(
     """
     recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
-    efficacy = efficacy_sweep(lm, unreported_requests(lm, n_sweep), range(1, lm.n_layers - 1))
+    efficacy = efficacy_sweep(lm, unreported_requests(lm), range(1, lm.n_layers - 1))
     best = chosen(efficacy)
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]

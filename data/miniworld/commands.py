@@ -47,7 +47,7 @@ def train(
 @app.command()
 def card(
     model: Name = "miniworld-gpt2",
-    n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 30,
+    n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 15,
 ):
     """Measure a shipped model and write its card."""
     from miniworld.card import write_card
@@ -95,6 +95,7 @@ def ladder(
     n_first: Annotated[int, typer.Option(help="Edits of one-token first subjects, of each snapshot and layer.")] = 24,
     n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 12,
     every: Annotated[int, typer.Option(help="Of the facts, one in so many is asked for.")] = 4,
+    doses: Annotated[bool, typer.Option(help="Whether to train the doses, or only to follow the model itself.")] = True,
     work: Annotated[Path, typer.Option(help="Folder for trainings and rows.")] = paths.RUNS / "miniworld" / "ladder",
     own: Annotated[Path | None, typer.Option(help="Folder of the model's own training, as `train` left it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = paths.DATA / "miniworld" / "ladder",
@@ -111,5 +112,5 @@ def ladder(
         typer.echo(f"{own} holds no snapshots of {model}: `python data/miniworld train {model}` keeps them", err=True)
     requests, texts = read_requests("miniworld", seed=0)[REPORTED:], read_texts("miniworld", limit=50)
     questions = Questions(build_world(), requests, texts, model, tuple(layer), n_first, n_others, every)
-    export(climb(rungs(model, opening, seed, n_steps), questions, work, own), out)
+    export(climb(rungs(model, opening, seed, n_steps) if doses else {}, questions, work, own), out)
     typer.echo(f"the rows are in {out}")

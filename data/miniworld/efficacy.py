@@ -32,7 +32,7 @@ KINDS = ("several-token first", "later")
 TOLERANCE = 0.03
 
 
-def unreported_requests(lm: LanguageModel, n: int, seed: int = 0) -> list[EditRequest]:
+def unreported_requests(lm: LanguageModel, n: int = 30, seed: int = 0) -> list[EditRequest]:
     """`n` facts of each of KINDS that the model knows and that are none of the embedded requests."""
     reported = {(request.prompt, request.subject) for request in read_requests("miniworld")}
     facts = [
