@@ -21,7 +21,7 @@ def train(
     ),
     n_steps: Annotated[int | None, typer.Option(help="Training steps; the recipe's own if not given.")] = None,
 ):
-    """Write the world's files, train a model of it (going on where it stopped), ship and measure it.
+    """Write the world's files, train a model of it (going on where it stopped), ship it and write its card.
 
     What the model was at some steps of its training is kept below the work folder, for `ladder`.
     """
@@ -41,7 +41,8 @@ def train(
     trained = train_model(recipe, world, tokenizer, held_out(world), work / model, snapshots=kept)
     ship(recipe, trained, tokenizer, folder)
     shutil.copy(work / model / "training_log.jsonl", folder)
-    card(model)
+    if FAMILIES[recipe.family].edited:
+        card(model)
 
 
 @app.command()
