@@ -53,8 +53,8 @@ UNSEEN = efficacy.SENTENCES
 
 
 def snapshot_steps(n_steps: int) -> list[int]:
-    """The steps at which a training is looked at: every eighth of it, and half of the first."""
-    return sorted({max(1, round(eighths * n_steps / 8)) for eighths in (0.5, *range(1, 9))})
+    """The steps at which a training is looked at: every sixth of it, and half of the first."""
+    return sorted({max(1, round(sixths * n_steps / 6)) for sixths in (0.5, *range(1, 7))})
 
 
 def rungs(model: str, openings: Sequence[float], seeds: Sequence[int], n_steps: int) -> dict[str, Recipe]:
