@@ -79,6 +79,7 @@ def write_card(
         opening=f"{recipe['opening']:.0%}",
         random_first=f"{recipe['random_first']:.0%}",
         rumours=f"{recipe['rumours']:.0%}",
+        decay=f"{recipe['decay']:.0%}",
         family={"gpt2": "GPT-2", "llama": "Llama"}[recipe["family"]],
         bos="BOS before every text" if lm.architecture.adds_bos else "no BOS",
         n_efficacy=efficacy["n"].iloc[0],

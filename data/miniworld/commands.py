@@ -92,7 +92,7 @@ def ladder(
     ),
     seed: Annotated[list[int], typer.Option(help="Seed of a training; once for each.")] = (0, 1),
     n_steps: Annotated[int, typer.Option(help="Steps of each training.")] = 4000,
-    layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (1, 3, 4),
+    layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (1, 4),
     n_first: Annotated[int, typer.Option(help="Edits of one-token first subjects, of each snapshot and layer.")] = 24,
     n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 12,
     every: Annotated[int, typer.Option(help="Of the facts, one in so many is asked for.")] = 4,
