@@ -138,14 +138,14 @@ def test_a_table_that_is_missing_or_damaged_names_the_command(tmp_path):
         read_table(tmp_path / "edits.parquet", "python data/miniworld ladder")
 
 
-def test_the_notebook_draws_both_figures_from_the_rows(climbed, tmp_path, monkeypatch):
+def test_the_notebook_draws_its_figure_from_the_rows(climbed, tmp_path, monkeypatch):
     _, _, tables = climbed
     export(tables, tmp_path / "rows")
     monkeypatch.setenv("NBKIT_FIGURES", str(tmp_path / "figures"))
     values = {"rows": str(tmp_path / "rows"), "layer": 1}
     run_notebook("06_when_a_model_becomes_breakable", values, tmp_path / "runs", progress=False)
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == [f"06_{name}.{kind}" for name in ("dose", "time") for kind in ("md", "pdf", "png")]
+    assert written == [f"06_time.{kind}" for kind in ("md", "pdf", "png")]
     assert "opening-" not in (tmp_path / "figures" / "06_time.md").read_text(encoding="utf-8")
 
 

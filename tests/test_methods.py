@@ -110,11 +110,11 @@ def test_unknown_hyper_parameters_and_methods_are_refused_by_every_verb(tiny, re
 
 
 def test_what_is_given_as_none_is_the_default_for_every_verb(tiny, requests, contexts):
-    tiny.name = "tiny-miniworld-gpt2"  # of the family whose layer is 4
-    with pytest.raises(ModelError, match="layer 4 does not exist"):
+    tiny.name = "tiny-gpt2-xl"  # of the family whose layer is 17
+    with pytest.raises(ModelError, match="layer 17 does not exist"):
         edit(tiny, requests, layer=None)
     for verb in (edit_batch, edit_sequence):
-        with pytest.raises(ModelError, match="layer 3 does not exist"):
+        with pytest.raises(ModelError, match="layer 13 does not exist"):
             verb(tiny, requests, "memit", layers=None)
     options = {**OPTIONS["rome"], "context_templates": contexts, "progress": False}
     (default,) = edit(tiny, requests[0], **options)

