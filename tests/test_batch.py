@@ -190,6 +190,14 @@ def test_a_failure_names_the_cell(name, number, begins, happened, tmp_path):
     assert [p.name for p in left.parent.iterdir()] == [left.name]  # nothing that looks like a complete run
 
 
+def test_every_cell_that_makes_a_figure_shows_it(tmp_path):
+    """A style's end must not switch off what the first figure within it switched on."""
+    path = run_notebook(notebook("draws"), {}, tmp_path, progress=False)
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if "plt.subplots" in cell.source]
+    images = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
+    assert images == [1, 1, 1]
+
+
 def test_refusals_come_before_anything_runs(tmp_path):
     with pytest.raises(ParameterError):
         run_notebook(notebook("fails"), {"count": "many"}, tmp_path)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from matplotlib.axes import Axes
 
 from nbkit.plots.style import (
@@ -17,6 +16,7 @@ from nbkit.plots.style import (
     SKY,
     VERMILION,
     columns,
+    integer_axis,
     legend_above,
 )
 
@@ -38,7 +38,7 @@ def loss_curve(frame: pd.DataFrame, ax: Axes, threshold: float | None = 0.05) ->
         ax.axhline(threshold, label=f"stop below {threshold:g}", **REFERENCE)
     ax.set(xlim=(frame["step"].min(), frame["step"].max()), ylim=(0, None))
     ax.set(xlabel="Optimisation step", ylabel="Loss of $v^*$ (nats)")
-    ax.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    integer_axis(ax.xaxis, "auto", [1, 2, 5, 10])
     return legend_above(ax)
 
 

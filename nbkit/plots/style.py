@@ -2,12 +2,13 @@
 
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
+from matplotlib import interactive, is_interactive, ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -45,9 +46,17 @@ GROUP_STYLES = {
 SPARE_STYLES = [(BLUE, "o"), (VERMILION, "D"), (GREEN, "s"), (PURPLE, "v"), (ORANGE, "P"), (SKY, "X"), (BLACK, "*")]
 
 
-def paper_style():
-    """The settings of the paper's figures (paper.mplstyle), for a `with`."""
-    return context(Path(__file__).with_name("paper.mplstyle"))
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """The settings of the paper's figures (paper.mplstyle), for a `with`.
+
+    A notebook's backend is switched on by its first figure, within such a `with`, and then says that figures are to be
+    shown: that outlives it, unlike what a style sets.
+    """
+    with context(Path(__file__).with_name("paper.mplstyle")):
+        yield
+        shown = is_interactive()
+    interactive(shown)
 
 
 def group_styles(names: Iterable) -> dict:
@@ -103,9 +112,14 @@ def log_axis(axis: Axis) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def integer_axis(axis: Axis) -> None:
-    """Numbers at whole values only: steps, edits, layers."""
-    axis.set_major_locator(ticker.MaxNLocator(integer=True))
+def integer_axis(axis: Axis, n: int | str = 10, multiples: Iterable[int] | None = None) -> None:
+    """Numbers at whole values only: steps, edits, layers.
+
+    Args:
+        n: at most so many intervals, or "auto" for as many as there is room for.
+        multiples: what the distance of two numbers may be, times a power of ten.
+    """
+    axis.set_major_locator(ticker.MaxNLocator(n, integer=True, steps=multiples))
 
 
 def percent_axis(axis: Axis) -> None:

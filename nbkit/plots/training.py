@@ -8,13 +8,26 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from nbkit.plots.style import GREY, columns, group_handles, group_styles, label_panels, legend_above, percent_axis
+from nbkit.plots.style import (
+    GREY,
+    columns,
+    group_handles,
+    group_styles,
+    integer_axis,
+    label_panels,
+    legend_above,
+    percent_axis,
+)
 from nbkit.records.collapse import shares
 
-AXES = {"step": "Training step", "opening": "Windows that open as prompts do"}  # all others are named as they are
+AXES = {
+    "step": "Training step",
+    "opening": "Windows that open as prompts do",
+    "weight_decay": "Weight decay",
+    "decay": "Share of steps with a falling rate",
+}  # all others are named as they are
 
 
 def collapse_over(
@@ -96,7 +109,7 @@ def _places(values: pd.Series, ax: Axes, x: str) -> Callable[[float, float], flo
     """Where a value stands on the x axis, so far aside; steps keep their distances, doses stand side by side."""
     if x == "step":
         width = 0.012 * float(values.max())
-        ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        integer_axis(ax.xaxis, 6, [1, 2, 5, 10])
         return lambda value, aside: value + aside * width
     doses = sorted(set(values))
     ax.set_xticks(range(len(doses)), [f"{dose:.3g}" for dose in doses])
