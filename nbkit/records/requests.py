@@ -22,7 +22,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbkit import paths
@@ -80,6 +80,11 @@ class EditRequest:
     def text(self) -> str:
         """The prompt with the subject in its place. Braces in the subject stay what they are."""
         return self.prompt.replace("{}", self.subject)
+
+    @property
+    def alone(self) -> "EditRequest":
+        """The same wish, without the prompts that are asked besides its own: paraphrases and neighbours."""
+        return replace(self, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
 
     @property
     def label(self) -> str:

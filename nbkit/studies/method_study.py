@@ -93,10 +93,7 @@ class MethodStudy:
         Those ask the rewrite prompt behind prefixes the edit was not computed with, and are means over them.
         """
         frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
-        alone = [
-            dataclasses.replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
-            for request in requests
-        ]
+        alone = [request.alone for request in requests]
         drawn = [self.prefixes_of(request) for request in requests]
         behind = [
             measure.edit_metrics(self.lm, alone, prefix=prefixes, edits=made) for prefixes in zip(*drawn, strict=True)
