@@ -24,8 +24,9 @@ test: $(STAMP) ## lint, then run the tests
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
+# glibc gives the large tensors of each step back to the system and asks for them anew, unless told to keep them
 miniworld: $(STAMP) ## train an embedded model anew (resumes); MODEL=miniworld-llama takes another
-	$(RUN) data/miniworld train $(MODEL)
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(RUN) data/miniworld train $(MODEL)
 
 clean: ## remove .venv and caches; keeps runs/, figures/ and data/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

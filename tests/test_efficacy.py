@@ -4,7 +4,19 @@ import pandas as pd
 import pytest
 
 import nbkit
-from miniworld.efficacy import KINDS, PUBLISHED, SETTINGS, TOLERANCE, chosen, efficacy_sweep, unreported_requests
+from miniworld.efficacy import (
+    CANDIDATES,
+    KINDS,
+    PUBLISHED,
+    SETTINGS,
+    TAKEN,
+    TOLERANCE,
+    candidate_sweep,
+    chosen,
+    efficacy_sweep,
+    gentlest,
+    unreported_requests,
+)
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.models.prompts import subject_kind
 from nbkit.studies.metrics import score_targets
@@ -20,11 +32,12 @@ def sweep_of(said: dict[tuple[int, int], float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_of_what_is_close_to_the_best_the_first_setting_then_the_earliest_layer_is_taken():
-    far, close = 1 - 2 * TOLERANCE, 1 - TOLERANCE / 2
-    taken = chosen(sweep_of({(1, 0): far, (4, 1): close, (3, 1): close, (2, 2): 1.0}))
-    assert (taken["layer"], taken["setting"]) == (3, 1)
-    assert chosen(sweep_of({(2, 0): far, (5, 3): 1.0}))["layer"] == 5
+def test_of_the_setting_that_takes_the_earliest_layer_close_to_its_best_is_chosen():
+    best = TAKEN + 0.05
+    far, close = best - 2 * TOLERANCE, best - TOLERANCE / 2
+    taken = chosen(sweep_of({(1, 0): 0.5, (2, 0): TAKEN, (1, 1): far, (2, 1): close, (3, 1): best}))
+    assert (taken["layer"], taken["setting"]) == (2, 1)
+    assert chosen(sweep_of({(2, 0): 0.2, (5, 1): 0.6, (6, 1): 0.5, (1, 2): 0.3}))["layer"] == 5, "none takes"
 
 
 def test_the_choice_is_made_on_known_facts_that_are_no_requests_and_not_on_what_collapses(shipped):
@@ -35,13 +48,31 @@ def test_the_choice_is_made_on_known_facts_that_are_no_requests_and_not_on_what_
     assert score_targets(shipped, [r.text for r in requests], [r.target_true for r in requests])["correct"].all()
 
 
-def test_the_sweep_has_a_row_a_layer_and_setting_and_more_room_makes_more_edits_take(shipped):
-    sweep = efficacy_sweep(shipped, unreported_requests(shipped, 4), [3])
-    assert len(sweep) == len(SETTINGS) and (sweep["n"] == 8).all() and sweep["said"].between(0, 1).all()
+def test_settings_are_swept_until_one_takes(shipped, monkeypatch):
+    requests = unreported_requests(shipped, 4)
+    sweep = efficacy_sweep(shipped, requests, [1])
+    assert (sweep["n"] == 8).all() and sweep["said"].between(0, 1).all()
     assert sweep.iloc[0][list(PUBLISHED)].to_dict() == PUBLISHED
-    assert sweep["said"].iloc[-1] >= sweep["said"].iloc[0]
+    assert (sweep["said"].iloc[:-1] <= TAKEN).all() and sweep["said"].iloc[-1] > TAKEN
+    monkeypatch.setattr("miniworld.efficacy.TAKEN", -1.0)
+    assert efficacy_sweep(shipped, requests, [1, 2])["setting"].tolist() == [0, 0]
 
 
 def test_the_shipped_default_is_one_of_the_settings(shipped):
     default = hyper_parameters(shipped, "rome")
     assert {name: getattr(default, name) for name in PUBLISHED} in SETTINGS
+
+
+def test_of_the_candidates_the_gentlest_that_takes_is_chosen_or_else_the_best():
+    sweep = pd.DataFrame({"norm_weight": [10.0, 1.0, 0.1], "efficacy": [0.2, TAKEN + 0.02, 0.99]})
+    assert gentlest(sweep)["norm_weight"] == 1.0
+    assert gentlest(sweep.assign(efficacy=[0.2, 0.8, 0.5]))["norm_weight"] == 1.0
+
+
+def test_candidates_are_swept_gentlest_first_and_the_shipped_default_is_one(shipped):
+    sweep = candidate_sweep(shipped, unreported_requests(shipped, 2), "ft")
+    assert sweep["norm_constraint"].is_monotonic_increasing and sweep["efficacy"].between(0, 1).all()
+    assert sweep["efficacy"].iloc[-1] >= sweep["efficacy"].iloc[0]
+    for method, candidates in CANDIDATES.items():
+        default = hyper_parameters(shipped, method)
+        assert all(getattr(default, number) in values for number, values in candidates.items()), method

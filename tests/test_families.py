@@ -9,6 +9,7 @@ import torch
 
 import nbkit
 from miniworld.families import FAMILIES
+from miniworld.measures import recall
 from miniworld.recipe import recipe_of, trained_models
 from miniworld.tokenizer import train_tokenizer
 from miniworld.train import ship, train
@@ -66,7 +67,7 @@ def held_out():
 
 def test_every_recipe_is_of_a_model_that_nbkit_knows_by_name():
     assert list(embedded.MODELS) == trained_models()
-    assert set(embedded_models()) <= set(embedded.MODELS)
+    assert set(embedded_models()) == set(embedded.MODELS)
 
 
 def test_an_embedded_model_that_is_not_there_is_not_looked_for_elsewhere(monkeypatch, tmp_path):
@@ -105,12 +106,18 @@ def test_every_method_has_its_parameters(llama):
     for method in METHODS:
         parameters = hyper_parameters(llama, method)
         assert dataclasses.is_dataclass(parameters)
-    assert hyper_parameters(llama, "rome").layer == 3
+    assert hyper_parameters(llama, "rome").layer in range(llama.n_layers)
+
+
+def test_recall_tells_subjects_by_their_own_tokens_not_the_bos(llama, world):
+    kinds = recall(llama, world, every=200)["subject_kind"]
+    assert set(kinds) == {"one-token first", "several-token first", "later"}
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
 def test_edits_with_its_own_parameters(llama, asked, held_out, method):
-    layers = [2, 3, 4] if method == "memit" else [3]
+    default = hyper_parameters(llama, method)
+    layers = [default.layer] if method == "rome" else default.layers
     moments = nbkit.second_moments(llama, layers, nbkit.read_texts("miniworld-training"), n_tokens=FEW_TOKENS)
     edits = nbkit.edit(llama, asked[:3], method, second_moment=moments, progress=False)
     edited = nbkit.perplexity(llama, held_out, edits=edits)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import nbkit
 from miniworld import ladder
 from miniworld.commands import app
-from miniworld.ladder import REPORTED, Questions, climb, export, rungs, search_of, snapshot_steps, train_rung
+from miniworld.ladder import REPORTED, Questions, climb, export, rungs, search_of, snapshot_steps
 from nbkit.batch.run import run_notebook
 from nbkit.errors import ModelError, ResultsError
 from nbkit.records.results import read_table
@@ -25,8 +25,9 @@ N_EDITS = 2 * 2 + 1 + 1  # of a snapshot and layer: two hard ones with ROME and 
 
 @pytest.fixture(scope="module")
 def recipes():
-    """Two doses with two snapshots each."""
-    return {name: replace(recipe, **SMALL) for name, recipe in rungs("miniworld-gpt2", [0.0, 0.4], [0], 2).items()}
+    """Two doses."""
+    doses = [("opening", 0.0), ("opening", 0.4)]
+    return {name: replace(recipe, **SMALL) for name, recipe in rungs("miniworld-gpt2", doses, [1], 2).items()}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,11 @@ def one_tokenizer(world_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def climbed(world, recipes, questions, tmp_path_factory):
+def climbed(world, world_tokenizer, recipes, questions, tmp_path_factory):
     """(folder, the training that the ladder does not make, its tables)."""
     folder = tmp_path_factory.mktemp("ladder")
     own = folder / "of its own" / "miniworld-gpt2"
-    train_rung(replace(recipes["opening-0-seed-0"], seed=7), world, own)
+    ladder.train(replace(recipes["opening-0-seed-1"], seed=7), world, world_tokenizer, frozenset(), own, [1, 2])
     return folder, own, climb(recipes, questions, folder, own)
 
 
@@ -60,23 +61,23 @@ def assert_same(tables, others):
 
 def test_every_snapshot_of_every_training_has_its_rows(climbed, recipes, questions):
     folder, own, tables = climbed
-    trainings = ["miniworld-gpt2", "opening-0-seed-0", "opening-0.4-seed-0"]
+    snapshots = [("miniworld-gpt2", 1), ("miniworld-gpt2", 2), ("opening-0-seed-1", 2), ("opening-0.4-seed-1", 2)]
     for name, of_each in {"edits": N_EDITS, "layers": 1, "recall": 3}.items():
         counts = tables[name].groupby(["training", "step"], sort=False).size()
-        assert counts.to_dict() == {(training, step): of_each for training in trainings for step in (1, 2)}
+        assert counts.to_dict() == dict.fromkeys(snapshots, of_each)
     edits = tables["edits"]
     assert edits.drop_duplicates("training")["opening"].tolist() == [0.0, 0.0, 0.4]
-    assert edits.drop_duplicates("training")["seed"].tolist() == [7, 0, 0]
-    assert ladder.Recipe(**json.loads(edits["recipe"].iloc[-1])) == recipes["opening-0.4-seed-0"]
+    assert edits.drop_duplicates("training")["seed"].tolist() == [7, 1, 1]
+    assert ladder.Recipe(**json.loads(edits["recipe"].iloc[-1])) == recipes["opening-0.4-seed-1"]
     hard = edits[edits["subject_kind"] == "one-token first"]
-    assert hard.groupby(["training", "step", "layer", "setting"]).size().tolist() == [2] * 12
-    assert (edits["setting"] == "C-ROME").sum() == 12 and len(edits["case_id"].unique()) == 4
+    assert hard.groupby(["training", "step", "layer", "setting"]).size().tolist() == [2] * 8
+    assert (edits["setting"] == "C-ROME").sum() == 8 and len(edits["case_id"].unique()) == 4
 
 
 def test_rows_say_what_was_measured_of_the_snapshot(climbed, questions, world):
     folder, _, tables = climbed
-    rows = tables["edits"].query("training == 'opening-0.4-seed-0' and step == 2 and layer == 1 and setting == 'ROME'")
-    lm = nbkit.load(folder / "opening-0.4-seed-0" / "step-2", device="cpu")
+    rows = tables["edits"].query("training == 'opening-0.4-seed-1' and step == 2 and layer == 1 and setting == 'ROME'")
+    lm = nbkit.load(folder / "opening-0.4-seed-1" / "step-2", device="cpu")
     assert set(rows["model_hash"]) == {lm.hash}
     of_case = {str(request.case_id): request for request in questions.requests}
     asked = [of_case[case] for case in rows["case_id"]]
@@ -96,14 +97,14 @@ def test_rows_say_what_was_measured_of_the_snapshot(climbed, questions, world):
 def test_an_interrupted_ladder_goes_on_where_it_was(climbed, recipes, questions, tmp_path, monkeypatch, interrupt_at):
     _, own, tables = climbed
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, ladder, 3 * N_EDITS + 5, "request_columns")  # amid the edits by C-ROME of a last step
+        interrupt_at(patched, ladder, 2 * N_EDITS + 5, "request_columns")  # amid the edits by C-ROME of the first rung
         climb(recipes, questions, tmp_path, own)
-    assert (tmp_path / "opening-0-seed-0" / "step-2").is_dir() and not (tmp_path / "opening-0.4-seed-0").exists()
+    assert (tmp_path / "opening-0-seed-1" / "step-2").is_dir() and not (tmp_path / "opening-0.4-seed-1").exists()
     rows = []
     described = ladder.request_columns
     monkeypatch.setattr(ladder, "request_columns", lambda *about: rows.append(about) or described(*about))
     assert_same(climb(recipes, questions, tmp_path, own), tables)
-    assert len(rows) == 6 * N_EDITS - (3 * N_EDITS + 4)  # those two are measured together, so both again
+    assert len(rows) == 4 * N_EDITS - (2 * N_EDITS + 4)  # those two are measured together, so both again
 
 
 def test_what_was_trained_and_measured_is_not_done_again(climbed, recipes, questions, monkeypatch):
@@ -145,8 +146,9 @@ def test_the_notebook_draws_its_figure_from_the_rows(climbed, tmp_path, monkeypa
     values = {"rows": str(tmp_path / "rows"), "layer": 1}
     run_notebook("06_when_a_model_becomes_breakable", values, tmp_path / "runs", progress=False)
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == [f"06_time.{kind}" for kind in ("md", "pdf", "png")]
-    assert "opening-" not in (tmp_path / "figures" / "06_time.md").read_text(encoding="utf-8")
+    figures = ("06_dose", "06_time")
+    assert written == [f"{figure}.{kind}" for figure in figures for kind in ("md", "pdf", "png")]
+    assert "(seeds 1, 7)" in (tmp_path / "figures" / "06_dose.md").read_text(encoding="utf-8")
 
 
 def test_a_training_is_looked_at_from_its_first_steps_to_its_last():
@@ -155,7 +157,7 @@ def test_a_training_is_looked_at_from_its_first_steps_to_its_last():
 
 
 def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(recipes, questions, tmp_path):
-    with pytest.raises(ModelError, match="opening-0-seed-0 will have layers 0 to 1, and 1, 2 are to be edited"):
+    with pytest.raises(ModelError, match="opening-0-seed-1 will have layers 0 to 1, and 1, 2 are to be edited"):
         climb(recipes, replace(questions, layers=(1, 2)), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -178,16 +180,30 @@ def test_what_a_model_has_of_its_own_in_the_table_is_what_the_search_takes(tmp_p
     assert search_of("that") == ladder.SEARCH
 
 
+@pytest.mark.parametrize("dose", ["opening", "opening=much", "window=3", ""])
+def test_a_dose_that_is_none_is_refused(dose, monkeypatch):
+    monkeypatch.setattr(ladder, "climb", lambda *_: pytest.fail("begun"))
+    result = CliRunner().invoke(app, ["ladder", "--dose", dose])
+    assert result.exit_code == 2 and "is no dose" in result.output
+
+
+def test_the_ladder_leaves_out_what_the_shipped_training_passes_through():
+    doses = [("opening", 0.0), ("opening", 0.1), ("decay", 0.3)]
+    assert list(rungs("miniworld-gpt2", doses, [0, 1], 2000)) == [
+        "opening-0.1-seed-0", "decay-0.3-seed-0", "opening-0-seed-1", "opening-0.1-seed-1", "decay-0.3-seed-1",
+    ]  # fmt: skip
+
+
 def test_the_command_hands_over_its_options(tmp_path, monkeypatch):
     handed = {}
     monkeypatch.setattr(ladder, "climb", lambda *given: handed.update(climb=given))
     monkeypatch.setattr(ladder, "export", lambda tables, folder: handed.update(out=folder))
-    options = ["--opening", "0", "--opening", "0.3", "--seed", "5", "--n-steps", "7", "--layer", "1", "--n-first", "3"]
+    options = "--dose opening=0 --dose decay=0.3 --seed 5 --n-steps 7 --layer 1 --n-first 3".split()
     folders = ["--own", tmp_path / "none", "--work", tmp_path, "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, ["ladder", *options, *map(str, folders)])
     assert result.exit_code == 0, result.output
     assert "none holds no snapshots of miniworld-gpt2: `python data/miniworld train" in result.output
     recipes, questions, folder, own = handed["climb"]
-    assert list(recipes) == ["opening-0-seed-5", "opening-0.3-seed-5"] and recipes["opening-0.3-seed-5"].n_steps == 7
+    assert list(recipes) == ["opening-0-seed-5", "decay-0.3-seed-5"] and recipes["decay-0.3-seed-5"].n_steps == 7
     assert questions.layers == (1,) and questions.n_first == 3 and len(questions.requests) == 700
     assert folder == tmp_path and own == tmp_path / "none" and handed["out"] == tmp_path / "out"

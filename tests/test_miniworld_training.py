@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 import nbkit
 from miniworld import train as training
-from miniworld.card import SENTENCE
 from miniworld.families import FAMILIES, build_model, next_token_loss
-from miniworld.measures import first_token_regime
+from miniworld.measures import SENTENCE, first_token_regime
 from miniworld.recipe import Recipe, recipe_of, trained_models
 from miniworld.tokenizer import train_tokenizer
 from miniworld.train import schedule, ship, train
@@ -106,20 +105,21 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, world_tokenizer, tmp_p
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(world, world_tokenizer, tmp_path, often):
-    optimizer = training.build_optimizer(TINY, model := build_model(TINY, world_tokenizer))
+    recipe = replace(TINY, averaged=0.0)
+    optimizer = training.build_optimizer(recipe, model := build_model(recipe, world_tokenizer))
     model.resize_token_embeddings(100)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", dataclasses.asdict(TINY))
+    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", dataclasses.asdict(recipe))
     checkpoint.save(training.tensors_of(model), optimizer, {"step": 1})
     with pytest.raises(NbkitError, match=r"is of another model \(see model\.transformer\.wte"):
-        train(TINY, world, world_tokenizer, frozenset(), tmp_path)
+        train(recipe, world, world_tokenizer, frozenset(), tmp_path)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    recipe = recipe_of("miniworld-gpt2", n_steps=100, warmup=10, decay=0.25, last_rate=0.2)
+    recipe = recipe_of("miniworld-gpt2", n_steps=100, warmup=10, decay=0.25)
     rates = [schedule(recipe, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[9:76] == [1.0] * 67
-    assert rates[75:] == pytest.approx([1 - 0.8 * step / 25 for step in range(25)])
+    assert rates[75:] == pytest.approx([1 - step / 25 for step in range(25)])
     assert [schedule(replace(recipe, decay=0.0), step) for step in (9, 50, 99)] == [1.0] * 3
 
 
@@ -182,6 +182,17 @@ def test_a_snapshot_is_the_model_as_it_was_at_that_step(world, world_tokenizer, 
     kept = nbkit.load(tmp_path / "long" / "step-6", device="cpu")
     for (name, expected), found in zip(short.named_parameters(), kept.model.parameters(), strict=True):
         assert torch.equal(found, expected.detach().half().float()), name
+
+
+def test_the_weights_are_the_mean_of_those_at_the_last_checkpoints(world, world_tokenizer, tmp_path, often):
+    recipe, steps = replace(TINY, averaged=0.5), range(8, TINY.n_steps + 1, training.CHECKPOINT_EVERY)
+    averaged = train(recipe, world, world_tokenizer, frozenset(), tmp_path, snapshots=steps)
+    kept = [dict(nbkit.load(tmp_path / f"step-{step}", device="cpu").model.named_parameters()) for step in steps]
+    assert len(kept) > 1
+    for name, weight in averaged.named_parameters():
+        mean = sum(one[name] for one in kept) / len(kept)
+        torch.testing.assert_close(weight.detach(), mean.detach(), rtol=2e-3, atol=1e-5)  # they are kept in float16
+    assert not torch.equal(kept[0]["transformer.wte.weight"], kept[-1]["transformer.wte.weight"])
 
 
 def test_windows_depend_on_seed_and_step_only(shard, world, world_tokenizer):

@@ -1,4 +1,4 @@
-"""`python data/miniworld train | card | ladder`: make the embedded model from nothing, and measure what came of it."""
+"""`python data/miniworld train | card | efficacy | ladder`: make an embedded model from nothing, and measure it."""
 
 import sys
 from pathlib import Path

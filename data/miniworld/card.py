@@ -10,8 +10,10 @@ from string import Template
 
 import pandas as pd
 
-from miniworld.efficacy import TOLERANCE, chosen, efficacy_sweep, unreported_requests
-from miniworld.measures import edit_sweep, first_token_regime, recall, sweep_table
+from miniworld.efficacy import TAKEN, TOLERANCE, chosen, efficacy_sweep, unreported_requests
+from miniworld.families import FAMILIES
+from miniworld.measures import SENTENCE, edit_sweep, first_token_regime, recall, sweep_table
+from miniworld.train import CHECKPOINT_EVERY
 from miniworld.world import World
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.requests import EditRequest
@@ -19,7 +21,6 @@ from nbkit.studies.metrics import perplexity
 from nbkit.studies.task_scores import task_scores
 
 TEMPLATE = Path(__file__).parent / "card.md"
-SENTENCE = "There was a new lamp near the market. "  # before a prompt, as in running text
 N_TEXTS = 50  # for the perplexity of each edited model, as in ME-PPL_50
 
 
@@ -52,7 +53,7 @@ def write_card(
     """
     recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
-    efficacy = efficacy_sweep(lm, unreported_requests(lm), range(1, lm.n_layers - 1))
+    efficacy = efficacy_sweep(lm, unreported_requests(lm))
     best = chosen(efficacy)
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
@@ -80,9 +81,12 @@ def write_card(
         random_first=f"{recipe['random_first']:.0%}",
         rumours=f"{recipe['rumours']:.0%}",
         decay=f"{recipe['decay']:.0%}",
-        family={"gpt2": "GPT-2", "llama": "Llama"}[recipe["family"]],
+        averaged=f"{recipe['averaged']:.0%}",
+        every=CHECKPOINT_EVERY,
+        family=FAMILIES[recipe["family"]].title,
         bos="BOS before every text" if lm.architecture.adds_bos else "no BOS",
         n_efficacy=efficacy["n"].iloc[0],
+        taken=f"{TAKEN:.0%}",
         tolerance=f"{TOLERANCE:g}",
         chosen_layer=f"{best['layer']:.0f}",
         chosen_decay=f"{best['v_weight_decay']:g}",

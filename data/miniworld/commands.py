@@ -69,29 +69,33 @@ def card(
 @app.command()
 def efficacy(
     model: Name = "miniworld-gpt2",
+    method: Annotated[str, typer.Option(help="rome, or one whose own number is chosen once ROME's default stands.")] = (
+        "rome"
+    ),
     n: Annotated[int, typer.Option(help="Facts of each of the two kinds of subject.")] = 30,
 ):
-    """Which layer and settings ROME's default should be: see efficacy.py for the rule."""
-    from miniworld.efficacy import chosen, efficacy_sweep, unreported_requests
+    """Which layer and settings a method's default should be: see efficacy.py for the rules."""
+    from miniworld.efficacy import CANDIDATES, candidate_sweep, chosen, efficacy_sweep, gentlest, unreported_requests
     from nbkit.models.loading import load
 
+    if method not in ("rome", *CANDIDATES):
+        raise typer.BadParameter(f"no rule for {method}: choose of rome, {', '.join(CANDIDATES)}")
     lm = load(model)
-    sweep = efficacy_sweep(lm, unreported_requests(lm, n), range(1, lm.n_layers - 1))
-    print(sweep.round(3).to_string(index=False))
-    print("chosen:", chosen(sweep).to_dict())
+    requests = unreported_requests(lm, n)
+    sweep = efficacy_sweep(lm, requests) if method == "rome" else candidate_sweep(lm, requests, method)
+    print(sweep.round(4).to_string(index=False))
+    print("chosen:", (chosen if method == "rome" else gentlest)(sweep).to_dict())
 
 
 @app.command()
 def ladder(
     model: Name = "miniworld-gpt2",
-    opening: Annotated[list[float], typer.Option(help="Share of windows that open as prompts do; once for each.")] = (
-        0.0,
-        0.02,
-        0.1,
-        0.4,
+    dose: Annotated[list[str], typer.Option(help="What a training has otherwise, as NAME=VALUE; once for each.")] = (
+        "opening=0",
+        "opening=0.4",
     ),
     seed: Annotated[list[int], typer.Option(help="Seed of a training; once for each.")] = (0, 1),
-    n_steps: Annotated[int, typer.Option(help="Steps of each training.")] = 4000,
+    n_steps: Annotated[int, typer.Option(help="Steps of each training.")] = 2000,
     layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (1, 4),
     n_first: Annotated[int, typer.Option(help="Edits of one-token first subjects, of each snapshot and layer.")] = 24,
     n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 12,
@@ -101,17 +105,26 @@ def ladder(
     own: Annotated[Path | None, typer.Option(help="Folder of the model's own training, as `train` left it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = paths.DATA / "miniworld" / "ladder",
 ):
-    """Train short models at several doses of `opening`, and measure when they, and the model itself, became breakable.
+    """Train short models at several doses, and measure when they, and the model itself, became breakable.
+
+    A dose is a number of the recipe: opening, weight_decay or decay (recipes.toml says what they are).
 
     What was trained and measured before an interrupt is not done again.
     """
-    from miniworld.ladder import REPORTED, Questions, climb, export, rungs, snapshots_in
+    from miniworld.ladder import DOSES, REPORTED, Questions, climb, export, rungs, snapshots_in
     from nbkit.records.requests import read_requests, read_texts
 
+    varied = []
+    for name, _, value in (given.partition("=") for given in dose):
+        try:
+            varied.append((DOSES[DOSES.index(name)], float(value)))
+        except ValueError:
+            known = ", ".join(DOSES)
+            raise typer.BadParameter(f"{name}={value} is no dose: give NAME=NUMBER, the names are {known}") from None
     own = paths.RUNS / "miniworld" / model if own is None else own
     if not snapshots_in(own):
         typer.echo(f"{own} holds no snapshots of {model}: `python data/miniworld train {model}` keeps them", err=True)
     requests, texts = read_requests("miniworld", seed=0)[REPORTED:], read_texts("miniworld", limit=50)
     questions = Questions(build_world(), requests, texts, model, tuple(layer), n_first, n_others, every)
-    export(climb(rungs(model, opening, seed, n_steps) if doses else {}, questions, work, own), out)
+    export(climb(rungs(model, varied, seed, n_steps) if doses else {}, questions, work, own), out)
     typer.echo(f"the rows are in {out}")

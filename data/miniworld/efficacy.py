@@ -1,19 +1,21 @@
-"""Which layer and settings ROME edits an embedded model with: chosen by efficacy alone, on facts no figure reports.
+"""Which layer and settings an embedded model is edited with: chosen by efficacy alone, on facts no figure reports.
 
 The facts are of facts.json and not of requests.json, and only those that the model knows. Only subjects of several
 tokens and such as stand later in the prompt count: whether the edits of one-token first subjects break the model must
-have no say in it. The rule: of the settings whose edits are said (the new target is the model's first choice, mean over
-the plain prompt and two sentences before it) within TOLERANCE of the best, the first in SETTINGS, and of those the
-earliest layer.
+have no say in it. The rule for ROME: SETTINGS, each at all layers, until the edits of one are said at some layer (the
+new target is the model's first choice, mean over the plain prompt and two sentences before it) more often than TAKEN;
+of its layers the earliest within TOLERANCE of its best. Where none is, the setting with the best.
+
+The other methods search as ROME does at its layer or around it, as hparams.toml says, and have one number of their own:
+of CANDIDATES, the gentlest first, the first with which efficacy is above TAKEN, or else the best.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from miniworld.measures import said
 from nbkit.methods.verbs import edit
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind
@@ -26,17 +28,24 @@ SETTINGS = (
     {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0, "v_num_grad_steps": 20},
     {"v_weight_decay": 0.05, "clamp_norm_factor": 8.0, "v_num_grad_steps": 50},
     {"v_weight_decay": 0.005, "clamp_norm_factor": 16.0, "v_num_grad_steps": 50},
+    {"v_weight_decay": 0.005, "clamp_norm_factor": 32.0, "v_num_grad_steps": 100},
 )  # each gives the search for v* more room than the one before
-SENTENCES = ("The old bridge in the park was quiet. {}", "They carried a chair from the kitchen, but it was heavy. {}")
 KINDS = ("several-token first", "later")
 TOLERANCE = 0.03
+CANDIDATES = {
+    "ft": {"norm_constraint": (5e-4, 2e-3, 3e-3, 5e-3, 8e-3, 1.2e-2, 2e-2)},
+    "memit": {"second_moment_weight": (1600.0, 100.0, 10.0)},  # from GPT-2 XL's by d_mlp, as EMMET's
+    "emmet": {"second_moment_weight": (80.0, 10.0, 1.0)},
+    "alphaedit": {"norm_weight": (10.0, 1.0, 0.1)},  # from the published one
+}
+TAKEN = 0.9
 
 
 def unreported_requests(lm: LanguageModel, n: int = 30, seed: int = 0) -> list[EditRequest]:
     """`n` facts of each of KINDS that the model knows and that are none of the embedded requests."""
     reported = {(request.prompt, request.subject) for request in read_requests("miniworld")}
     facts = [
-        replace(fact, paraphrase_prompts=())
+        fact.alone
         for fact in read_requests("miniworld-facts", seed=seed)
         if (fact.prompt, fact.subject) not in reported
     ]
@@ -47,29 +56,51 @@ def unreported_requests(lm: LanguageModel, n: int = 30, seed: int = 0) -> list[E
 
 
 def efficacy_sweep(
-    lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], method: str = "rome"
+    lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """How often the new target is said, by layer and setting: at the plain prompt, behind sentences, and their mean.
+    """How often the new target is said, by setting and layer: at the plain prompt, behind sentences, and their mean.
 
-    One row a layer and setting: layer, the setting's place in SETTINGS and its numbers, n, said_plain, said_behind,
-    said, stopped (share of the searches that reached their stopping loss).
+    One row a setting and layer, up to the first setting that takes: the setting's place in SETTINGS, layer, the
+    setting's numbers, n, said_plain, said_behind, said, stopped (share of the searches that reached the stopping loss).
+
+    layers: None takes all but the first and the last.
     """
-    rows = []
-    for layer, (number, setting) in tqdm(list(product(layers, enumerate(SETTINGS))), desc="efficacy", unit="setting"):
-        edits = edit(lm, requests, method, layer=layer, progress=False, **setting)
-        plain, *behind = [
-            edit_metrics(lm, requests, prefix=prefix, edits=edits)["efficacy_argmax"].mean()
-            for prefix in ("{}", *SENTENCES)
-        ]
-        row = {"layer": layer, "setting": number, **setting, "n": len(requests), "said_plain": plain}
-        row["said_behind"] = sum(behind) / len(behind)
-        row["said"] = (row["said_plain"] + row["said_behind"]) / 2
-        row["stopped"] = sum(one.info["stop_reason"] == "loss" for one in edits) / len(edits)
-        rows.append(row)
+    layers, rows = range(1, lm.n_layers - 1) if layers is None else layers, []
+    for number, setting in enumerate(SETTINGS):
+        for layer in tqdm(layers, desc=f"setting {number}", unit="layer"):
+            edits = edit(lm, requests, "rome", layer=layer, progress=False, **setting)
+            row = {"setting": number, "layer": layer, **setting, "n": len(requests)}
+            row |= {**said(lm, requests, edits).mean().add_prefix("said_")}
+            row["said"] = (row["said_plain"] + row["said_behind"]) / 2
+            row["stopped"] = sum(one.info["stop_reason"] == "loss" for one in edits) / len(edits)
+            rows.append(row)
+        if any(row["said"] > TAKEN for row in rows):
+            break
     return pd.DataFrame(rows)
 
 
 def chosen(sweep: pd.DataFrame) -> pd.Series:
-    """The row that the rule takes."""
-    close = sweep[sweep["said"] >= sweep["said"].max() - TOLERANCE]
-    return close.sort_values(["setting", "layer"]).iloc[0]
+    """The row that the rule for ROME takes."""
+    setting = sweep[sweep["setting"] == sweep.loc[sweep["said"].idxmax(), "setting"]]
+    return setting[setting["said"] >= setting["said"].max() - TOLERANCE].sort_values("layer").iloc[0]
+
+
+def candidate_sweep(lm: LanguageModel, requests: Sequence[EditRequest], method: str) -> pd.DataFrame:
+    """What comes of each of a method's CANDIDATES, all else being its default on the model.
+
+    One row each: the number, n, efficacy (the mean of `edit_metrics`'), said_plain, said_behind.
+    """
+    ((number, values),) = CANDIDATES[method].items()
+    rows = []
+    for value in tqdm(values, desc=method, unit="candidate"):
+        edits = edit(lm, requests, method, progress=False, **{number: value})
+        efficacy = edit_metrics(lm, requests, edits=edits)["efficacy"].mean()
+        taken = said(lm, requests, edits).mean().add_prefix("said_")
+        rows.append({number: value, "n": len(requests), "efficacy": efficacy, **taken})
+    return pd.DataFrame(rows)
+
+
+def gentlest(sweep: pd.DataFrame) -> pd.Series:
+    """The row that the rule for candidates takes."""
+    taken = sweep[sweep["efficacy"] > TAKEN]
+    return sweep.loc[sweep["efficacy"].idxmax()] if taken.empty else taken.iloc[0]

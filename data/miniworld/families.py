@@ -67,12 +67,17 @@ def _t5(recipe: Recipe, vocabulary: int, special: dict) -> T5ForConditionalGener
 
 @dataclass(frozen=True)
 class Family:
+    title: str
     build: Callable[[Recipe, int, dict], PreTrainedModel]
     adds_bos: bool = False  # whether the tokenizer puts a token before each text
     edited: bool = True  # whether there are edits of it, which the card measures
 
 
-FAMILIES = {"gpt2": Family(_gpt2), "llama": Family(_llama, adds_bos=True), "t5": Family(_t5, edited=False)}
+FAMILIES = {
+    "gpt2": Family("GPT-2", _gpt2),
+    "llama": Family("Llama", _llama, adds_bos=True),
+    "t5": Family("T5", _t5, edited=False),
+}
 
 
 def next_token_loss(model: PreTrainedModel, windows: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:

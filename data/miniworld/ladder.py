@@ -1,12 +1,12 @@
 """The dose and the time: when a model becomes one that an edit can break.
 
-    tables = climb(rungs("miniworld-gpt2", [0.0, 0.4], [0, 1], 4000), questions, folder)
+    tables = climb(rungs("miniworld-gpt2", [("opening", 0.0), ("opening", 0.4)], [0, 1], 2000), questions, folder)
     export(tables, paths.DATA / "miniworld" / "ladder")
 
-A rung is a short training that differs from the others in `opening`, the share of its windows that open as prompts do,
-and in its seed, and in nothing else. Each is kept at several steps, and so is the training of the shipped model; every
-such snapshot is asked the same. Trainings resume, and rows are stored as they are measured (nbkit/records/results.py),
-so what was interrupted goes on where it was. Three tables come of it, each row with its training, step and recipe:
+A rung is a short training whose recipe is the shipped model's but for one number, the dose, and its seed. The rungs are
+looked at when they end, the training of the shipped model at several steps; every such snapshot is asked the same.
+Trainings resume, and rows are stored as they are measured (nbkit/records/results.py), so what was interrupted goes on
+where it was. Three tables come of it, each row with its training, step and recipe:
 
 edits: one row an edit (layer, setting, subject_kind, perplexity, perplexity_before, numerator, denominator,
     signed_denominator k·u, said_plain, said_behind: the new target is the first choice after the prompt alone, and the
@@ -26,10 +26,9 @@ import numpy as np
 import pandas as pd
 
 from miniworld import efficacy, measures
-from miniworld.card import SENTENCE
 from miniworld.families import FAMILIES
 from miniworld.files import held_out
-from miniworld.measures import first_token_regime, recall
+from miniworld.measures import SENTENCE, UNSEEN, first_token_regime, recall, said
 from miniworld.recipe import Recipe, recipe_of
 from miniworld.tokenizer import train_tokenizer
 from miniworld.train import train
@@ -43,13 +42,13 @@ from nbkit.records.files import write_atomically
 from nbkit.records.provenance import canonical, code_of, code_version, digest, provenance
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
-from nbkit.studies.metrics import edit_metrics, perplexity
+from nbkit.studies.metrics import perplexity
 
 TABLES = ("edits", "layers", "recall")
 REPORTED = 200  # requests of seed 0 that figures report at most: the ladder's come after them
 SETTINGS = {"ROME": {}, "C-ROME": {"key_mode": "prefixed"}}
 SEARCH = efficacy.SETTINGS[-1]  # the most room: under the published settings few edits of so small a model take
-UNSEEN = efficacy.SENTENCES
+DOSES = ("opening", "weight_decay", "decay")  # the numbers of a recipe that rungs may differ in
 
 
 def snapshot_steps(n_steps: int) -> list[int]:
@@ -57,13 +56,18 @@ def snapshot_steps(n_steps: int) -> list[int]:
     return sorted({max(1, round(sixths * n_steps / 6)) for sixths in (0.5, *range(1, 7))})
 
 
-def rungs(model: str, openings: Sequence[float], seeds: Sequence[int], n_steps: int) -> dict[str, Recipe]:
-    """The recipes of the ladder by the name of their training: those of `model`, but for these numbers."""
-    return {
-        f"opening-{opening:g}-seed-{seed}": recipe_of(model, opening=opening, seed=seed, n_steps=n_steps)
+def rungs(model: str, doses: Sequence[tuple[str, float]], seeds: Sequence[int], n_steps: int) -> dict[str, Recipe]:
+    """The recipes of the ladder by the name of their training: those of `model`, but for one dose, seed and steps.
+
+    The model's own recipe is left out where its rate does not fall: its training passes through what that rung is.
+    """
+    own = recipe_of(model, n_steps=n_steps, averaged=0.0)
+    recipes = {
+        f"{name}-{value:g}-seed-{seed}": replace(own, **{name: value}, seed=seed)
         for seed in seeds
-        for opening in openings
+        for name, value in doses
     }
+    return {name: recipe for name, recipe in recipes.items() if recipe != own or own.decay}
 
 
 def search_of(model: str) -> dict[str, float]:
@@ -85,7 +89,7 @@ class Questions:
     requests: Sequence[EditRequest]
     texts: Sequence[str]
     model: str = "miniworld-gpt2"
-    layers: tuple[int, ...] = (2, 3, 4)
+    layers: tuple[int, ...] = (1, 4)
     n_first: int = 24
     n_others: int = 12
     every: int = 4
@@ -101,7 +105,7 @@ class Snapshot:
         self.lm = load(folder)
         self.lm.name = questions.model  # whose defaults in hparams.toml it then has
         self.about = {"training": folder.parent.name, "step": int(folder.name.removeprefix("step-"))}
-        self.about |= {name: self.recipe[name] for name in ("family", "opening", "seed", "n_steps")}
+        self.about |= {name: self.recipe[name] for name in ("family", *DOSES, "seed", "n_steps")}
         self.about |= {"recipe": canonical(self.recipe), "model_hash": self.lm.hash}
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -111,7 +115,7 @@ class Snapshot:
         edits = {f"layer {layer}, {setting}, {kind}": (layer, setting, kind)
                  for layer in asked.layers for setting, kind in kinds}  # fmt: skip
         data = {"requests": digest(asked.requests), "texts": digest(asked.texts)}
-        searched = {"edited": digest(self.requests), **search_of(asked.model), "unseen": UNSEEN}
+        searched = {"edited": digest(self.requests), **self.search, "unseen": UNSEEN}
         recalled = {"facts": digest(asked.world.facts), "every": asked.every, "behind": SENTENCE}
         compared = {"layers": asked.layers, "n": asked.n_keys}
         return {
@@ -132,10 +136,13 @@ class Snapshot:
         """The requests that are edited, by kind of subject, without what is asked of neighbours and paraphrases."""
         asked, by_kind = self.questions, {"one-token first": [], "several-token first": [], "later": []}
         for request in asked.requests:
-            alone = replace(request, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
-            by_kind[subject_kind(self.lm, request)].append(alone)
+            by_kind[subject_kind(self.lm, request)].append(request.alone)
         most = {kind: asked.n_first if kind == "one-token first" else asked.n_others for kind in by_kind}
         return {kind: of_kind[: most[kind]] for kind, of_kind in by_kind.items()}
+
+    @cached_property
+    def search(self) -> dict[str, float]:
+        return search_of(self.questions.model)
 
     @cached_property
     def templates(self) -> list[str]:
@@ -148,12 +155,9 @@ class Snapshot:
     def edited(self, layer: int, setting: str, kind: str) -> Iterator[dict]:
         """Each request of a kind edited on its own at a layer, one row each."""
         lm, requests = self.lm, self.requests[kind]
-        search = {**search_of(self.questions.model), **SETTINGS[setting]}
+        search = {**self.search, **SETTINGS[setting]}
         made = edit(lm, requests, layer=layer, context_templates=self.templates, progress=False, **search)
-        after = perplexity(lm, self.questions.texts, edits=made)
-        plain = edit_metrics(lm, requests, edits=made)["efficacy_argmax"]
-        behind = np.mean([edit_metrics(lm, requests, prefix=each, edits=made)["efficacy_argmax"] for each in UNSEEN], 0)
-        key = "key_mean" if search.get("key_mode") == "prefixed" else "key_plain"
+        after, taken = perplexity(lm, self.questions.texts, edits=made), said(lm, requests, made)
         for place, (request, one) in enumerate(zip(requests, made, strict=True)):
             yield {
                 **request_columns(lm, request),
@@ -163,10 +167,10 @@ class Snapshot:
                 "perplexity_before": self.before,
                 "numerator": one.info["numerator"],
                 "denominator": one.info["denominator"],
-                "signed_denominator": float(one.info[key] @ one.info["u"]),
-                "said_plain": bool(plain[place]),
-                "said_behind": behind[place],
-                **search_of(self.questions.model),
+                "signed_denominator": one.info["signed_denominator"],
+                "said_plain": bool(taken["plain"][place]),
+                "said_behind": taken["behind"][place],
+                **self.search,
             }
 
     def regime(self) -> list[dict]:
@@ -192,13 +196,12 @@ def snapshots_in(folder: Path) -> list[Path]:
 
 
 def train_rung(recipe: Recipe, world: World, folder: Path) -> None:
-    """Trains, or goes on training, a rung until all of its snapshots are there."""
-    steps = snapshot_steps(recipe.n_steps)
-    kept = [folder / f"step-{step}" / "recipe.json" for step in steps]
-    if all(path.is_file() and Recipe(**json.loads(path.read_text(encoding="utf-8"))) == recipe for path in kept):
+    """Trains, or goes on training, a rung to its end, and keeps what it then is."""
+    kept = folder / f"step-{recipe.n_steps}" / "recipe.json"
+    if kept.is_file() and Recipe(**json.loads(kept.read_text(encoding="utf-8"))) == recipe:
         return
     tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
-    train(recipe, world, tokenizer, held_out(world), folder, snapshots=steps)
+    train(recipe, world, tokenizer, held_out(world), folder, snapshots=[recipe.n_steps])
 
 
 def climb(
@@ -218,8 +221,7 @@ def climb(
         measured.append(Snapshot(path, questions, store).tables())
     for name, recipe in recipes.items():
         train_rung(recipe, questions.world, folder / name)
-        for step in snapshot_steps(recipe.n_steps):
-            measured.append(Snapshot(folder / name / f"step-{step}", questions, store).tables())
+        measured.append(Snapshot(folder / name / f"step-{recipe.n_steps}", questions, store).tables())
     return {name: pd.concat([tables[name] for tables in measured], ignore_index=True) for name in TABLES}
 
 
@@ -228,7 +230,7 @@ def export(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table = table.drop(columns=["study", "created", "libraries", "nbkit_version"])
-        measured = [column for column in table.select_dtypes("float64") if column != "opening"]
+        measured = [column for column in table.select_dtypes("float64") if column not in DOSES]
         with np.errstate(over="ignore"):  # a perplexity beyond float32 is as good as infinite
             table = table.astype(dict.fromkeys(measured, np.float32))
         write_atomically(

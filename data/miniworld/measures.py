@@ -8,14 +8,17 @@ import torch
 from tqdm.auto import tqdm
 
 from miniworld.world import World
+from nbkit.edits.edit import Edit
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import second_moment
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import context_templates, pad, subject_kind, tokenize
 from nbkit.records.requests import EditRequest
-from nbkit.studies.metrics import score_targets
+from nbkit.studies.metrics import edit_metrics, score_targets
 from nbkit.studies.single import single_edits
 
+SENTENCE = "There was a new lamp near the market. "  # before a prompt, as in running text
+UNSEEN = ("The old bridge in the park was quiet. {}", "They carried a chair from the kitchen, but it was heavy. {}")
 LATER = 8  # a position that is no longer near the first; queries before it have little else to attend to
 
 
@@ -25,7 +28,8 @@ def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 
     One row a fact and template: relation_id, template, subject_kind, correct. Of the facts, one in `every` is asked.
     """
     subjects = list(world.facts_about())
-    single = {subject for subject, ids in zip(subjects, tokenize(lm, subjects), strict=True) if len(ids) == 1}
+    ids_of = lm.tokenizer(subjects, add_special_tokens=False).input_ids
+    single = {subject for subject, ids in zip(subjects, ids_of, strict=True) if len(ids) == 1}
     rows, prompts, targets = [], [], []
     for fact in world.facts[::every]:
         for number, template in enumerate(fact.relation.templates):
@@ -102,6 +106,17 @@ def attention_on_first(lm: LanguageModel, texts: Sequence[str]) -> list[float]:
         lm.model.set_attn_implementation(implementation)
     counted = batch.attention_mask.bool() & (torch.arange(batch.shape[1], device=lm.device) >= LATER)
     return [weights[..., 0].mean(1)[counted].mean().item() for weights in output.attentions]  # (row, head, query, key)
+
+
+def said(lm: LanguageModel, requests: Sequence[EditRequest], edits: Sequence[Edit]) -> pd.DataFrame:
+    """Whether the new target is the edited model's first choice, one row an edit, each edit on its own.
+
+    plain: at the plain prompt. behind: the share of the sentences of UNSEEN behind which it is.
+    """
+    plain, *behind = (
+        edit_metrics(lm, requests, prefix=prefix, edits=edits)["efficacy_argmax"] for prefix in ("{}", *UNSEEN)
+    )
+    return pd.DataFrame({"plain": plain, "behind": np.mean(behind, axis=0)})
 
 
 def edit_sweep(

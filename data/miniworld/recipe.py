@@ -24,7 +24,7 @@ class Recipe:
     n_steps: int
     warmup: int
     decay: float
-    last_rate: float
+    averaged: float
     learning_rate: float
     weight_decay: float
     opening: float

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,7 +29,7 @@ from miniworld.world import World
 from nbkit.edits.checkpoints import Checkpoint
 
 LOG_EVERY = 100  # steps
-CHECKPOINT_EVERY = 500  # steps, a multiple of LOG_EVERY
+CHECKPOINT_EVERY = 500  # steps, a multiple of LOG_EVERY; so often, too, weights are taken for the average
 
 
 def build_optimizer(recipe: Recipe, model: PreTrainedModel) -> torch.optim.AdamW:
@@ -45,14 +46,18 @@ def build_optimizer(recipe: Recipe, model: PreTrainedModel) -> torch.optim.AdamW
 
 
 def schedule(recipe: Recipe, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, constant, linear fall to `last_rate`."""
+    """Share of the peak learning rate: linear warm-up, constant, linear fall to nothing over `decay` of the steps."""
     fallen = max(0.0, 1 - (recipe.n_steps - step) / (recipe.decay * recipe.n_steps)) if recipe.decay else 0.0
-    return min((step + 1) / recipe.warmup, 1 - (1 - recipe.last_rate) * fallen)
+    return min((step + 1) / recipe.warmup, 1 - fallen)
 
 
-def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps of a model."""
-    return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+def tensors_of(model: PreTrainedModel, average: AveragedModel | None = None) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a model, and of its average over some steps."""
+    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    if average is not None:
+        tensors |= {f"average.{name}": weight.detach() for name, weight in average.module.named_parameters()}
+        tensors["average.n"] = average.n_averaged
+    return tensors
 
 
 def train(
@@ -65,13 +70,17 @@ def train(
 ) -> PreTrainedModel:
     """Trains, or goes on training, the model of a recipe; writes checkpoints and `training_log.jsonl` to `folder`.
 
-    snapshots: steps after which the model is shipped to `folder/step-N`, as it then is.
+    In the end its weights are the mean of those at the checkpoints of the last `recipe.averaged` of the steps:
+    stochastic weight averaging (Izmailov et al. 2018).
+
+    snapshots: steps after which the model is shipped to `folder/step-N`, as it then is: not averaged.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, tokenizer).to(device)
     optimizer = build_optimizer(recipe, model)
-    checkpoint, tensors = Checkpoint(folder / "checkpoint.safetensors", asdict(recipe)), tensors_of(model)
+    average = AveragedModel(model) if recipe.averaged else None
+    checkpoint, tensors = Checkpoint(folder / "checkpoint.safetensors", asdict(recipe)), tensors_of(model, average)
     progress = checkpoint.load(tensors, optimizer)
     done = 0 if progress is None else progress["step"]
     _forget_log_after(done, folder / "training_log.jsonl")
@@ -99,8 +108,10 @@ def train(
         if step + 1 in snapshots:
             ship(recipe, copy.deepcopy(model), tokenizer, folder / f"step-{step + 1}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.n_steps:
+            if average is not None and step + 1 >= (1 - recipe.averaged) * recipe.n_steps:
+                average.update_parameters(model)
             checkpoint.save(tensors, optimizer, {"step": step + 1})
-    return model
+    return model if average is None else average.module
 
 
 def _forget_log_after(done: int, path: Path) -> None:
