@@ -46,14 +46,16 @@ def write_card(
     corpus: Sequence[str],
     folder: Path,
     n_sweep: int = 30,
+    n_efficacy: int = 30,
 ) -> None:
     """Measure the model in `folder` and write its `README.md` there.
 
     texts: held out, for perplexity. corpus: for second moments. n_sweep: requests of each kind of subject, per layer.
+    n_efficacy: facts of each of two kinds, for the choice of layer and settings.
     """
     recalled = recall(lm, world).assign(behind_a_sentence=recall(lm, world, SENTENCE)["correct"])
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
-    efficacy = efficacy_sweep(lm, unreported_requests(lm))
+    efficacy = efficacy_sweep(lm, unreported_requests(lm, n_efficacy))
     best = chosen(efficacy)
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]

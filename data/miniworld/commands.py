@@ -49,6 +49,7 @@ def train(
 def card(
     model: Name = "miniworld-gpt2",
     n_sweep: Annotated[int, typer.Option(help="Requests of each kind of subject in the edit sweep.")] = 15,
+    n_efficacy: Annotated[int, typer.Option(help="Facts of each of two kinds, for the choice of layer.")] = 30,
 ):
     """Measure a shipped model and write its card."""
     from miniworld.card import write_card
@@ -63,6 +64,7 @@ def card(
         corpus=read_texts("miniworld-training"),
         folder=paths.DATA / "models" / model,
         n_sweep=n_sweep,
+        n_efficacy=n_efficacy,
     )
 
 
@@ -96,9 +98,9 @@ def ladder(
     ),
     seed: Annotated[list[int], typer.Option(help="Seed of a training; once for each.")] = (0, 1),
     n_steps: Annotated[int, typer.Option(help="Steps of each training.")] = 2000,
-    layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (1, 4),
+    layer: Annotated[list[int], typer.Option(help="Layer that is edited; once for each.")] = (1,),
     n_first: Annotated[int, typer.Option(help="Edits of one-token first subjects, of each snapshot and layer.")] = 24,
-    n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 12,
+    n_others: Annotated[int, typer.Option(help="Edits of each other kind of subject.")] = 6,
     every: Annotated[int, typer.Option(help="Of the facts, one in so many is asked for.")] = 4,
     doses: Annotated[bool, typer.Option(help="Whether to train the doses, or only to follow the model itself.")] = True,
     work: Annotated[Path, typer.Option(help="Folder for trainings and rows.")] = paths.RUNS / "miniworld" / "ladder",

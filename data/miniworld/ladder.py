@@ -89,9 +89,9 @@ class Questions:
     requests: Sequence[EditRequest]
     texts: Sequence[str]
     model: str = "miniworld-gpt2"
-    layers: tuple[int, ...] = (1, 4)
+    layers: tuple[int, ...] = (1,)
     n_first: int = 24
-    n_others: int = 12
+    n_others: int = 6
     every: int = 4
     n_keys: int = 100
 
