@@ -115,7 +115,8 @@ def test_recall_tells_subjects_by_their_own_tokens_not_the_bos(llama, world):
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
-def test_edits_with_its_own_parameters(llama, asked, held_out, method):
+def test_edits_with_its_own_parameters(asked, held_out, method):
+    llama = nbkit.load("miniworld-llama", device="cpu")
     default = hyper_parameters(llama, method)
     layers = [default.layer] if method == "rome" else default.layers
     moments = nbkit.second_moments(llama, layers, nbkit.read_texts("miniworld-training"), n_tokens=FEW_TOKENS)
