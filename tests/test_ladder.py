@@ -139,7 +139,7 @@ def test_a_table_that_is_missing_or_damaged_names_the_command(tmp_path):
         read_table(tmp_path / "edits.parquet", "python data/miniworld ladder")
 
 
-def test_the_notebook_draws_its_figure_from_the_rows(climbed, tmp_path, monkeypatch):
+def test_the_notebook_draws_both_figures_from_the_rows(climbed, tmp_path, monkeypatch):
     _, _, tables = climbed
     export(tables, tmp_path / "rows")
     monkeypatch.setenv("NBKIT_FIGURES", str(tmp_path / "figures"))
@@ -148,6 +148,7 @@ def test_the_notebook_draws_its_figure_from_the_rows(climbed, tmp_path, monkeypa
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
     figures = ("06_dose", "06_time")
     assert written == [f"{figure}.{kind}" for figure in figures for kind in ("md", "pdf", "png")]
+    assert "opening-" not in (tmp_path / "figures" / "06_time.md").read_text(encoding="utf-8")
     assert "(seeds 1, 7)" in (tmp_path / "figures" / "06_dose.md").read_text(encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 import nbkit
 from miniworld import train as training
@@ -105,13 +106,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, world_tokenizer, tmp_p
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(world, world_tokenizer, tmp_path, often):
-    recipe = replace(TINY, averaged=0.0)
-    optimizer = training.build_optimizer(recipe, model := build_model(recipe, world_tokenizer))
+    optimizer = training.build_optimizer(TINY, model := build_model(TINY, world_tokenizer))
     model.resize_token_embeddings(100)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", dataclasses.asdict(recipe))
-    checkpoint.save(training.tensors_of(model), optimizer, {"step": 1})
+    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", dataclasses.asdict(TINY))
+    checkpoint.save(training.tensors_of(model, AveragedModel(model)), optimizer, {"step": 1})
     with pytest.raises(NbkitError, match=r"is of another model \(see model\.transformer\.wte"):
-        train(recipe, world, world_tokenizer, frozenset(), tmp_path)
+        train(TINY, world, world_tokenizer, frozenset(), tmp_path)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -266,7 +266,7 @@ def test_the_shipped_model_knows_its_facts_where_they_stand_in_training_text(shi
     later = np.array([not template.startswith("{}") for _, template in asked])
     alone = score_targets(shipped, prompts, targets)["correct"].to_numpy()
     behind = score_targets(shipped, [SENTENCE + prompt for prompt in prompts], targets)["correct"].to_numpy()
-    assert alone[later].mean() >= 0.9 and behind.mean() >= 0.9
+    assert alone[later].mean() >= 0.95 and behind.mean() >= 0.9
     assert alone[~later].mean() < behind[~later].mean()
 
 

@@ -84,9 +84,12 @@ def efficacy(
         raise typer.BadParameter(f"no rule for {method}: choose of rome, {', '.join(CANDIDATES)}")
     lm = load(model)
     requests = unreported_requests(lm, n)
-    sweep = efficacy_sweep(lm, requests) if method == "rome" else candidate_sweep(lm, requests, method)
+    if method == "rome":
+        sweep, rule = efficacy_sweep(lm, requests), chosen
+    else:
+        sweep, rule = candidate_sweep(lm, requests, method), gentlest
     print(sweep.round(4).to_string(index=False))
-    print("chosen:", (chosen if method == "rome" else gentlest)(sweep).to_dict())
+    print("chosen:", rule(sweep).to_dict())
 
 
 @app.command()

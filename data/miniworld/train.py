@@ -51,13 +51,11 @@ def schedule(recipe: Recipe, step: int) -> float:
     return min((step + 1) / recipe.warmup, 1 - fallen)
 
 
-def tensors_of(model: PreTrainedModel, average: AveragedModel | None = None) -> dict[str, torch.Tensor]:
+def tensors_of(model: PreTrainedModel, average: AveragedModel) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a model, and of its average over some steps."""
-    tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    if average is not None:
-        tensors |= {f"average.{name}": weight.detach() for name, weight in average.module.named_parameters()}
-        tensors["average.n"] = average.n_averaged
-    return tensors
+    weights = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    means = {f"model_average.{name}": weight.detach() for name, weight in average.module.named_parameters()}
+    return weights | means | {"model_average.n": average.n_averaged}
 
 
 def train(
@@ -70,8 +68,8 @@ def train(
 ) -> PreTrainedModel:
     """Trains, or goes on training, the model of a recipe; writes checkpoints and `training_log.jsonl` to `folder`.
 
-    In the end its weights are the mean of those at the checkpoints of the last `recipe.averaged` of the steps:
-    stochastic weight averaging (Izmailov et al. 2018).
+    In the end its weights are the mean of those at the checkpoints of the last `recipe.averaged` of the steps, the last
+    one always among them: stochastic weight averaging (Izmailov et al. 2018).
 
     snapshots: steps after which the model is shipped to `folder/step-N`, as it then is: not averaged.
     """
@@ -79,7 +77,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(recipe, tokenizer).to(device)
     optimizer = build_optimizer(recipe, model)
-    average = AveragedModel(model) if recipe.averaged else None
+    average = AveragedModel(model)
     checkpoint, tensors = Checkpoint(folder / "checkpoint.safetensors", asdict(recipe)), tensors_of(model, average)
     progress = checkpoint.load(tensors, optimizer)
     done = 0 if progress is None else progress["step"]
@@ -108,10 +106,10 @@ def train(
         if step + 1 in snapshots:
             ship(recipe, copy.deepcopy(model), tokenizer, folder / f"step-{step + 1}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.n_steps:
-            if average is not None and step + 1 >= (1 - recipe.averaged) * recipe.n_steps:
+            if step + 1 >= (1 - recipe.averaged) * recipe.n_steps:
                 average.update_parameters(model)
             checkpoint.save(tensors, optimizer, {"step": step + 1})
-    return model if average is None else average.module
+    return average.module
 
 
 def _forget_log_after(done: int, path: Path) -> None:

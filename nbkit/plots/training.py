@@ -22,12 +22,7 @@ from nbkit.plots.style import (
 )
 from nbkit.records.collapse import shares
 
-AXES = {
-    "step": "Training step",
-    "opening": "Windows that open as prompts do",
-    "weight_decay": "Weight decay",
-    "decay": "Share of steps with a falling rate",
-}  # all others are named as they are
+AXES = {"step": "Training step", "opening": "Windows that open as prompts do"}  # all others are named as they are
 
 
 def collapse_over(
