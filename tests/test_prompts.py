@@ -1,5 +1,6 @@
 """Padding, positions, the subject's last token, target ids, and the sampled context templates."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
@@ -17,6 +18,7 @@ from nbkit.models.prompts import (
     subject_kind,
     subject_last,
     target_ids,
+    tokenize,
     unseen_templates,
 )
 from nbkit.records.requests import EditRequest
@@ -205,6 +207,27 @@ def test_context_templates_have_the_lengths_asked_for(lm):
     special = set(lm.tokenizer.all_special_tokens)
     assert not any(token in template for token in special for template in templates)
     assert len(context_templates(lm, lengths=((2, 1), (4, 0)))) == 2
+
+
+def test_a_template_has_so_many_tokens_its_start_included_and_each_is_one_of_the_likeliest(lm, monkeypatch):
+    sampled, decode = [], type(lm.tokenizer).batch_decode
+    spy = lambda self, rows, **kw: sampled.extend(rows) or decode(self, rows, **kw)  # noqa: E731
+    monkeypatch.setattr(type(lm.tokenizer), "batch_decode", spy)
+    long = "Ann plays the harp and the song"
+    context_templates(lm, lengths=((6, 4), (4, 4)), starts=("Vouda", long), top_k=2)
+    starts = tokenize(lm, ["Vouda", long])
+    assert len(starts[0]) < 4 and len(starts[1]) > 6
+    first_choices = []
+    for number, row in enumerate(sampled):
+        start = starts[number % 2]
+        assert row[: len(start)] == start and len(row) == max(len(start), 6 if number < 4 else 4)
+        for place in range(len(start), len(row)):
+            logits = lm.logits(pad(lm, [row[:place]]))[0, -1, : len(lm.tokenizer)]
+            logits[lm.tokenizer.all_special_ids] = -torch.inf
+            ranked = logits.topk(2).indices.tolist()
+            assert row[place] in ranked
+            first_choices.append(row[place] == ranked[0])
+    assert 0 < np.mean(first_choices) < 1
 
 
 def test_braces_in_a_sample_do_no_harm(tiny, monkeypatch):

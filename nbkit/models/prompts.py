@@ -132,9 +132,10 @@ def context_templates(
 ) -> list[str]:
     """Prefixes to average keys over: "{}", then for each (n_tokens, n_templates) so many sampled texts + ". {}".
 
-    The model itself continues the `starts` by n_tokens, each drawn from the `top_k` likeliest tokens, as ROME does.
-    Same seed, same templates; no global random state is touched. Braces in a sample are blanked out. ModelError for an
-    encoder-decoder, which does not continue texts.
+    The model itself continues the `starts` until each has n_tokens, its start and a BOS included, drawn from the
+    `top_k` likeliest tokens, as ROME's released code does; a start that has as many is left as it is. Same seed, same
+    templates; no global random state is touched. Braces in a sample are blanked out. ModelError for an encoder-decoder,
+    which does not continue texts.
     """
     if lm.architecture.side:
         raise ModelError(
@@ -167,16 +168,17 @@ def unseen_templates(lm: LanguageModel, seen: Sequence[str], seed: int = 1) -> l
 def _sample(
     lm: LanguageModel, rows: list[list[int]], n_tokens: int, top_k: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Each row continued by `n_tokens` sampled ones. Whole passes without a cache: short rows, exact masks."""
+    """Each row continued to `n_tokens` by sampled ones. Whole passes without a cache: short rows, exact masks."""
     barred = torch.tensor(lm.tokenizer.all_special_ids)
-    for _ in range(n_tokens):
-        logits = lm.logits(pad(lm, rows, "left"), keep=1)[:, -1].float().cpu()  # (row, vocabulary)
+    while short := [i for i, row in enumerate(rows) if len(row) < n_tokens]:
+        logits = lm.logits(pad(lm, [rows[i] for i in short], "left"), keep=1)[:, -1].float().cpu()  # (row, vocabulary)
         logits[:, len(lm.tokenizer) :] = -torch.inf  # embedding rows added for alignment have no token
         logits[:, barred] = -torch.inf
         likeliest: Float[Tensor, "row top_k"] = logits.topk(top_k).values
         tokens = logits.topk(top_k).indices
         drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
-        rows = [[*row, int(token)] for row, token in zip(rows, tokens.gather(1, drawn), strict=True)]
+        for i, token in zip(short, tokens.gather(1, drawn), strict=True):
+            rows[i] = [*rows[i], int(token)]
     return rows
 
 
