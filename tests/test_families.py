@@ -1,6 +1,8 @@
 """The embedded models of other families than GPT-2, after a few steps of training, as a user has them."""
 
 import dataclasses
+import re
+import shutil
 import warnings
 
 import numpy as np
@@ -8,10 +10,10 @@ import pytest
 import torch
 
 import nbkit
-from miniworld.families import FAMILIES
+from miniworld.card import write_card_of_keys
+from miniworld.families import tokenizer_of
 from miniworld.measures import recall
 from miniworld.recipe import recipe_of, trained_models
-from miniworld.tokenizer import train_tokenizer
 from miniworld.train import ship, train
 from nbkit import paths
 from nbkit.errors import ModelError
@@ -31,18 +33,18 @@ FEW_TOKENS = 2000  # of second moments
 def llama(world, tmp_path_factory):
     """miniworld-llama as it is shipped and loaded, hardly trained."""
     folder = tmp_path_factory.mktemp("models") / "miniworld-llama"
-    make(folder, world, train_tokenizer(world, FAMILIES["llama"].adds_bos))
-    return load(folder)
+    return load(make(folder, world))
 
 
 @pytest.fixture(scope="module")
-def t5_folder(world, world_tokenizer, tmp_path_factory):
+def t5_folder(world, tmp_path_factory):
     """miniworld-t5 as it is shipped, hardly trained."""
-    return make(tmp_path_factory.mktemp("models") / "miniworld-t5", world, world_tokenizer)
+    return make(tmp_path_factory.mktemp("models") / "miniworld-t5", world)
 
 
-def make(folder, world, tokenizer):
+def make(folder, world):
     recipe = recipe_of(folder.name, **FEW_STEPS)
+    tokenizer = tokenizer_of(recipe, world)
     model = train(recipe, world, tokenizer, frozenset(), folder.parent / "work")
     ship(recipe, model, tokenizer, folder)
     return folder
@@ -142,3 +144,15 @@ def test_both_sides_of_miniworld_t5_are_read_behind_the_templates_of_another_mod
         with pytest.raises(ModelError, match="edits, .* for causal decoders"):
             nbkit.edit(t5, asked)
     assert (t5_folder / "model.safetensors").stat().st_size <= 10e6
+
+
+def test_the_card_of_an_encoder_decoder_says_what_it_fills_in_and_how_alike_its_keys_are(world, t5_folder, asked):
+    few = dataclasses.replace(world, facts=world.facts[::200])
+    sides = {side: load(t5_folder, side=side) for side in ("encoder", "decoder")}
+    shutil.copy(t5_folder.parent / "work" / "training_log.jsonl", t5_folder)
+    write_card_of_keys(sides, few, asked, nbkit.read_texts("miniworld", limit=8), t5_folder)
+    card = (t5_folder / "README.md").read_text(encoding="utf-8")
+    assert "the cross-entropy of the spans cut out of a window" in card
+    assert "writes a text as text `<|endoftext|>`" in card
+    assert len(re.findall(r"^\| [0-3] \| ", card, flags=re.MULTILINE)) == 8  # a row each layer of either side
+    assert not re.search(r"\$\w", card)

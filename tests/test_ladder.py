@@ -40,7 +40,7 @@ def questions(world):
 def one_tokenizer(world_tokenizer):
     """Training the tokenizer anew for each rung takes seconds."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ladder, "train_tokenizer", lambda *_: world_tokenizer)
+        patched.setattr(ladder, "tokenizer_of", lambda *_: world_tokenizer)
         yield
 
 
@@ -166,7 +166,7 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(recipes
 def test_training_the_shipped_model_keeps_it_as_it_was_on_the_way(tmp_path, monkeypatch):
     kept = {}
     monkeypatch.setattr("miniworld.files.write_files", lambda *_: None)
-    monkeypatch.setattr("miniworld.tokenizer.train_tokenizer", lambda *_: None)
+    monkeypatch.setattr("miniworld.families.tokenizer_of", lambda *_: None)
     monkeypatch.setattr("miniworld.train.train", lambda *_, snapshots: kept.update(snapshots=snapshots) or 1 / 0)
     result = CliRunner().invoke(app, ["train", "--work", str(tmp_path), "--n-steps", "60"])
     assert isinstance(result.exception, ZeroDivisionError)  # nothing is shipped

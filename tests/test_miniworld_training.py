@@ -15,10 +15,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import nbkit
 from miniworld import train as training
-from miniworld.families import FAMILIES, build_model, next_token_loss
+from miniworld.families import build_model, tokenizer_of, training_loss
 from miniworld.measures import SENTENCE, first_token_regime
 from miniworld.recipe import Recipe, recipe_of, trained_models
-from miniworld.tokenizer import train_tokenizer
+from miniworld.spans import without_spans
 from miniworld.train import schedule, ship, train
 from miniworld.windows import Shard
 from nbkit import paths
@@ -63,7 +63,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 ):
     whole = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patched, training, step, "next_token_loss")
+        interrupt_at(patched, training, step, "training_loss")
         train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     resumed = train(TINY, world, world_tokenizer, frozenset(), tmp_path / "cut")
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
@@ -74,7 +74,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
 
 def test_a_finished_training_is_not_repeated(world, world_tokenizer, tmp_path, monkeypatch, interrupt_at, often):
     first = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
-    interrupt_at(monkeypatch, training, 0, "next_token_loss")
+    interrupt_at(monkeypatch, training, 0, "training_loss")
     again = train(TINY, world, world_tokenizer, frozenset(), tmp_path)
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
 
@@ -155,25 +155,75 @@ def test_only_the_matrices_of_blocks_decay(world_tokenizer):
 
 def test_a_model_with_bos_is_trained_with_it_before_every_window(world):
     recipe = recipe_of("miniworld-llama", shard_lines=300, window=32, random_first=0.0)
-    tokenizer = train_tokenizer(world, FAMILIES["llama"].adds_bos)
-    plain = Shard(replace(recipe, family="gpt2"), world, train_tokenizer(world), frozenset(), 0)
+    tokenizer, other = tokenizer_of(recipe, world), replace(recipe, family="gpt2")
+    plain = Shard(other, world, tokenizer_of(other, world), frozenset(), 0)
     windows = Shard(recipe, world, tokenizer, frozenset(), 0).windows(0)
     assert (windows[:, 0] == tokenizer.bos_token_id).all() and not (windows[:, 1:] == tokenizer.bos_token_id).any()
     assert torch.equal(windows[:, 1:], plain.windows(0)[:, :-1])
 
 
-@pytest.mark.parametrize("name", trained_models())
-def test_the_loss_is_that_of_the_next_token(world_tokenizer, name):
+@pytest.mark.parametrize("name", ["miniworld-gpt2", "miniworld-llama"])
+def test_the_loss_of_a_decoder_is_that_of_the_next_token(world_tokenizer, name):
     """Nothing else is in it: cross-entropy, read off the model's own logits."""
     model = build_model(recipe_of(name, **SMALL), world_tokenizer)
     windows = torch.randint(0, 3000, (3, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        if name == "miniworld-t5":
-            logits, asked = model(input_ids=windows[:, :8], labels=windows[:, 8:].contiguous()).logits, windows[:, 8:]
-        else:
-            logits, asked = model(windows).logits[:, :-1], windows[:, 1:]
-        chosen = logits.log_softmax(-1).gather(-1, asked[..., None])
-        assert next_token_loss(model, windows).item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
+        chosen = model(windows).logits[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None])
+        loss = training_loss(model, windows, np.random.default_rng(0))
+    assert loss.item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
+
+
+def test_the_loss_of_an_encoder_decoder_is_that_of_the_spans_it_does_not_read(world):
+    recipe = recipe_of("miniworld-t5", **SMALL)
+    model = build_model(recipe, tokenizer_of(recipe, world))
+    windows = torch.randint(0, 3000, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        read, asked = without_spans(windows, model.config.vocab_size, 0, np.random.default_rng(5))
+        chosen = model(input_ids=read, labels=asked).logits.log_softmax(-1).gather(-1, asked[..., None])
+        loss = training_loss(model, windows, np.random.default_rng(5))
+    assert loss.item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
+
+
+@pytest.mark.parametrize("length", [8, 64, 256])
+def test_the_spans_put_back_in_the_place_of_their_sentinels_give_the_window(length):
+    vocabulary, end = 3172, 3
+    windows = torch.randint(10, 3000, (20, length), generator=torch.Generator().manual_seed(0))
+    read, asked = without_spans(windows, vocabulary, end, np.random.default_rng(0))
+    n_cut = asked.shape[1] - 1 - (asked[0] >= vocabulary - 100).sum().item()
+    assert n_cut == max(1, round(0.15 * length)) and read.shape[1] + n_cut == length + asked.shape[1] - n_cut
+    for window, rest, spans in zip(windows.tolist(), read.tolist(), asked.tolist(), strict=True):
+        assert rest.pop() == spans.pop() == end
+        by_sentinel, sentinel = {}, None
+        for token in spans:
+            if token >= vocabulary - 100:
+                sentinel = token
+                by_sentinel[sentinel] = []
+            else:
+                by_sentinel[sentinel].append(token)
+        assert list(by_sentinel) == [vocabulary - 1 - number for number in range(len(by_sentinel))]
+        assert all(by_sentinel.values())
+        assert [token for piece in rest for token in by_sentinel.get(piece, [piece])] == window
+
+
+def test_spans_begin_and_end_anywhere_and_are_of_all_lengths():
+    windows = torch.arange(256).expand(300, -1)
+    _, asked = without_spans(windows, 3172, 3, np.random.default_rng(0))
+    lengths = np.diff(np.flatnonzero(asked[:, :-1].flatten() >= 3000), append=300 * (asked.shape[1] - 1)) - 1
+    assert lengths.mean() == pytest.approx(38 / 13) and lengths.min() == 1 and lengths.max() > 8
+    assert len(np.unique(asked[asked < 256])) > 250
+
+
+def test_windows_that_lose_more_spans_than_there_are_sentinels_are_refused():
+    with pytest.raises(ValueError, match="windows of 4096 tokens lose 205 spans, and there are 100 sentinels"):
+        without_spans(torch.zeros(1, 4096, dtype=torch.long), 3172, 3, np.random.default_rng(0))
+
+
+def test_the_sentinels_are_the_last_of_the_vocabulary_and_never_in_a_text(world):
+    tokenizer = tokenizer_of(recipe_of("miniworld-t5"), world)
+    assert tokenizer.convert_ids_to_tokens(len(tokenizer) - 1) == "<extra_id_0>"
+    assert tokenizer("<extra_id_1>", add_special_tokens=False).input_ids == [len(tokenizer) - 2]
+    assert tokenizer("A lamp").input_ids[-1] == tokenizer.eos_token_id
+    assert all(piece < len(tokenizer) - 100 for piece in tokenizer("A lamp <extra_id> 7").input_ids)
 
 
 def test_a_snapshot_is_the_model_as_it_was_at_that_step(world, world_tokenizer, tmp_path):

@@ -25,24 +25,22 @@ def train(
 
     What the model was at some steps of its training is kept below the work folder, for `ladder`.
     """
-    from miniworld.families import FAMILIES
+    from miniworld.families import tokenizer_of
     from miniworld.files import held_out, write_files
     from miniworld.ladder import snapshot_steps
     from miniworld.recipe import recipe_of
-    from miniworld.tokenizer import train_tokenizer
     from miniworld.train import ship
     from miniworld.train import train as train_model
 
     recipe = recipe_of(model) if n_steps is None else recipe_of(model, n_steps=n_steps)
     world, folder = build_world(), paths.DATA / "models" / model
     write_files(world, paths.DATA)
-    tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
+    tokenizer = tokenizer_of(recipe, world)
     kept = snapshot_steps(recipe.n_steps)
     trained = train_model(recipe, world, tokenizer, held_out(world), work / model, snapshots=kept)
     ship(recipe, trained, tokenizer, folder)
     shutil.copy(work / model / "training_log.jsonl", folder)
-    if FAMILIES[recipe.family].edited:
-        card(model)
+    card(model)
 
 
 @app.command()
@@ -52,20 +50,20 @@ def card(
     n_efficacy: Annotated[int, typer.Option(help="Facts of each of two kinds, for the choice of layer.")] = 30,
 ):
     """Measure a shipped model and write its card."""
-    from miniworld.card import write_card
+    from miniworld.card import write_card, write_card_of_keys
+    from miniworld.families import FAMILIES
+    from miniworld.recipe import recipe_of
     from nbkit.models.loading import load
     from nbkit.records.requests import read_requests, read_texts
 
-    write_card(
-        load(model),
-        build_world(),
-        requests=read_requests("miniworld"),
-        texts=read_texts("miniworld"),
-        corpus=read_texts("miniworld-training"),
-        folder=paths.DATA / "models" / model,
-        n_sweep=n_sweep,
-        n_efficacy=n_efficacy,
-    )
+    world, folder = build_world(), paths.DATA / "models" / model
+    requests, texts = read_requests("miniworld"), read_texts("miniworld")
+    if FAMILIES[recipe_of(model).family].edited:
+        corpus = read_texts("miniworld-training")
+        write_card(load(model), world, requests, texts, corpus, folder, n_sweep, n_efficacy)
+    else:
+        sides = {side: load(model, side=side) for side in ("encoder", "decoder")}
+        write_card_of_keys(sides, world, requests, texts, folder)
 
 
 @app.command()

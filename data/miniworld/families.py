@@ -1,7 +1,7 @@
 """The families that the embedded models are of: how each is built, and what its loss is.
 
-    model = build_model(recipe, tokenizer)
-    next_token_loss(model, windows).backward()
+    model = build_model(recipe, tokenizer := tokenizer_of(recipe, world))
+    training_loss(model, windows, rng).backward()
 
 Attention is "eager" in training: with heads and windows so small that is faster on a CPU than the fused kernels.
 """
@@ -9,6 +9,7 @@ Attention is "eager" in training: with heads and windows so small that is faster
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,6 +25,15 @@ from transformers import (
 )
 
 from miniworld.recipe import Recipe
+from miniworld.spans import SENTINELS, without_spans
+from miniworld.tokenizer import END, train_tokenizer
+from miniworld.world import World
+
+
+def tokenizer_of(recipe: Recipe, world: World) -> PreTrainedTokenizerFast:
+    """The tokenizer of a world, as the recipe's family has it."""
+    family = FAMILIES[recipe.family]
+    return train_tokenizer(world, family.text, family.sentinels)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -68,27 +78,32 @@ def _t5(recipe: Recipe, vocabulary: int, special: dict) -> T5ForConditionalGener
 @dataclass(frozen=True)
 class Family:
     title: str
+    objective: str  # of its training loss
     build: Callable[[Recipe, int, dict], PreTrainedModel]
-    adds_bos: bool = False  # whether the tokenizer puts a token before each text
+    text: str = "$A"  # a text as its tokenizer writes it
+    sentinels: tuple[str, ...] = ()  # the last tokens of its vocabulary
     edited: bool = True  # whether there are edits of it, which the card measures
 
 
+NEXT_TOKEN = "the next token"
 FAMILIES = {
-    "gpt2": Family("GPT-2", _gpt2),
-    "llama": Family("Llama", _llama, adds_bos=True),
-    "t5": Family("T5", _t5, edited=False),
+    "gpt2": Family("GPT-2", NEXT_TOKEN, _gpt2),
+    "llama": Family("Llama", NEXT_TOKEN, _llama, text=f"{END} $A"),
+    "t5": Family("T5", "the spans cut out of a window", _t5, f"$A {END}", SENTINELS, edited=False),
 }
 
 
-def next_token_loss(model: PreTrainedModel, windows: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each token given those before it, in bfloat16 where that is safe.
+def training_loss(
+    model: PreTrainedModel, windows: Int[Tensor, "batch window"], rng: np.random.Generator
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of what a model of its family is trained to say, in bfloat16 where that is safe.
 
-    An encoder-decoder reads the first half of each window in its encoder and is asked for the second, token by token.
+    A decoder: each token of a window, given those before it. An encoder-decoder: the spans that `rng` cuts out of it.
     """
     with torch.autocast(windows.device.type, dtype=torch.bfloat16):
         if model.config.is_encoder_decoder:
-            read, asked = windows.chunk(2, dim=1)
-            logits = model(input_ids=read, labels=asked.contiguous(), use_cache=False).logits
+            read, asked = without_spans(windows, model.config.vocab_size, model.config.eos_token_id, rng)
+            logits = model(input_ids=read, labels=asked, use_cache=False).logits
         else:
             logits, asked = model(windows, use_cache=False).logits[:, :-1], windows[:, 1:]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), asked.flatten())

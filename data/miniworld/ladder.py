@@ -26,11 +26,10 @@ import numpy as np
 import pandas as pd
 
 from miniworld import efficacy, measures
-from miniworld.families import FAMILIES
+from miniworld.families import tokenizer_of
 from miniworld.files import held_out
 from miniworld.measures import SENTENCE, UNSEEN, first_token_regime, recall, said
 from miniworld.recipe import Recipe, recipe_of
-from miniworld.tokenizer import train_tokenizer
 from miniworld.train import train
 from miniworld.world import World
 from nbkit.errors import ModelError
@@ -200,7 +199,7 @@ def train_rung(recipe: Recipe, world: World, folder: Path) -> None:
     kept = folder / f"step-{recipe.n_steps}" / "recipe.json"
     if kept.is_file() and Recipe(**json.loads(kept.read_text(encoding="utf-8"))) == recipe:
         return
-    tokenizer = train_tokenizer(world, FAMILIES[recipe.family].adds_bos)
+    tokenizer = tokenizer_of(recipe, world)
     train(recipe, world, tokenizer, held_out(world), folder, snapshots=[recipe.n_steps])
 
 

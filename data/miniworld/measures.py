@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from miniworld.spans import SENTINELS
 from miniworld.world import World
 from nbkit.edits.edit import Edit
 from nbkit.keys.extract import keys, token_keys
@@ -25,7 +26,8 @@ LATER = 8  # a position that is no longer near the first; queries before it have
 def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 256, every: int = 1) -> pd.DataFrame:
     """Whether the model's first choice after each template of each fact is its object, behind the text `before`.
 
-    One row a fact and template: relation_id, template, subject_kind, correct. Of the facts, one in `every` is asked.
+    One row a fact and template: relation_id, template, subject_kind, correct. Of the facts, one in `every` is asked. An
+    encoder-decoder is asked to fill in what follows: see `filled_in`.
     """
     subjects = list(world.facts_about())
     ids_of = lm.tokenizer(subjects, add_special_tokens=False).input_ids
@@ -38,7 +40,30 @@ def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 
             rows.append({"relation_id": fact.relation.relation_id, "template": number, "subject_kind": kind})
             prompts.append(before + template.replace("{}", fact.subject))
             targets.append(fact.object)
+    if lm.architecture.side:
+        return pd.DataFrame(rows).assign(correct=filled_in(lm, prompts, targets, batch_size))
     return pd.DataFrame(rows).assign(correct=score_targets(lm, prompts, targets, batch_size)["correct"])
+
+
+@torch.no_grad()
+def filled_in(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int) -> list[bool]:
+    """Whether each target is what an encoder-decoder puts after a prompt: every token of it the decoder's first choice.
+
+    The encoder reads the prompt, a sentinel and a full stop, and the decoder, behind that sentinel, says what it stands
+    for, as both were trained to (spans.py). lm: the encoder's side, whose tokenizer writes texts as the encoder reads
+    them.
+    """
+    asked = lm.tokenizer([f"{SENTINELS[-1]} {target}" for target in targets], add_special_tokens=False).input_ids
+    read, correct = tokenize(lm, [f"{prompt} {SENTINELS[-1]}." for prompt in prompts]), []
+    for first in range(0, len(read), batch_size):
+        rows = slice(first, first + batch_size)
+        texts, answers = pad(lm, read[rows]), pad(lm, asked[rows])
+        logits = lm.model(
+            input_ids=texts.input_ids, attention_mask=texts.attention_mask, labels=answers.input_ids, use_cache=False
+        ).logits
+        wrong = (logits.argmax(-1) != answers.input_ids) & answers.attention_mask.bool()
+        correct += (~wrong[:, 1:].any(dim=1)).tolist()
+    return correct
 
 
 def first_token_regime(
@@ -47,6 +72,7 @@ def first_token_regime(
     texts: Sequence[str],
     n: int = 100,
     layers: Sequence[int] | None = None,
+    templates: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """How the keys of the first position differ from others, one row a layer, from `n` requests of each kind and texts.
 
@@ -54,13 +80,14 @@ def first_token_regime(
     position; one_token_first and several_token_first, between a subject's key in the plain prompt and behind each
     prefix; ratio, the median of (k_u · k̄)/(k̄ · k̄) of one-token first subjects, and negative, the share of them
     whose ratio is; norm_plain and norm_prefixed, their median key norms; attention_0, the mean attention on position 0,
-    over heads and queries from position 8 on.
+    over heads and queries from position 8 on, which is not measured on a side of an encoder-decoder.
 
-    layers: None takes all.
+    layers: None takes all. templates: the plain one first; None samples them with seed 0, where the model can.
     """
     kinds = [subject_kind(lm, request) for request in requests]
     groups = {kind: [r for r, k in zip(requests, kinds, strict=True) if k == kind][:n] for kind in set(kinds)}
-    templates, attention = context_templates(lm, seed=0), attention_on_first(lm, texts[:n])
+    templates = context_templates(lm, seed=0) if templates is None else templates
+    attention = None if lm.architecture.side else attention_on_first(lm, texts[:n])
     long = [text for text, row in zip(texts, tokenize(lm, texts), strict=True) if len(row) > LATER][:n]
     rows = []
     for layer in range(lm.n_layers) if layers is None else layers:
@@ -79,8 +106,9 @@ def first_token_regime(
             "negative": (ratios < 0).double().mean().item(),
             "norm_plain": one[:, 0].norm(dim=-1).median().item(),
             "norm_prefixed": one[:, 1:].norm(dim=-1).median().item(),
-            "attention_0": attention[layer],
         }
+        if attention is not None:
+            row["attention_0"] = attention[layer]
         rows.append(row)
     return pd.DataFrame(rows)
 

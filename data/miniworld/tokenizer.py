@@ -5,7 +5,7 @@ bare and behind a space, `World.frequent_names` behind a space; all other names 
 so the trainer learns their pieces but none of them whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -37,13 +37,17 @@ def trainer_text(world: World, n_lines: int = 30_000, seed: int = 1) -> Iterator
         yield " " + " ".join(listed)
 
 
-def train_tokenizer(world: World, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world; with `adds_bos`, one that puts END before every text, as Llama's puts its BOS."""
+def train_tokenizer(world: World, text: str = "$A", sentinels: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer of a world.
+
+    text: how it writes a text ($A): with END before it, as Llama's does, or behind it, as T5's. sentinels: special
+    tokens behind all others.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    opening = [processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])] if adds_bos else []
-    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), *opening])
+    written = [processors.TemplateProcessing(single=text, special_tokens=[(END, 0)])] if text != "$A" else []
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), *written])
     bpe.train_from_iterator(
         trainer_text(world),
         trainers.BpeTrainer(
@@ -53,4 +57,5 @@ def train_tokenizer(world: World, adds_bos: bool = False) -> PreTrainedTokenizer
             show_progress=False,
         ),
     )
+    bpe.add_special_tokens([*sentinels])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, unk_token=END, pad_token=END)

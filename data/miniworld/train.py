@@ -6,8 +6,9 @@
 No term of the loss, and nothing in the initialisation, mentions a position or a key: what the first position becomes,
 it becomes by itself (see windows.py for what it is trained on).
 
-Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), and shard k of
-the text from seed + k. Weights and optimiser states are kept as safetensors.
+Resumable without stored generators: step n draws its windows from a generator seeded with (seed, n), the spans that
+are cut out of them from (seed, n, 1), and shard k of the text from seed + k. Weights and optimiser states are kept as
+safetensors.
 """
 
 import copy
@@ -17,12 +18,13 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from miniworld.families import build_model, next_token_loss
+from miniworld.families import build_model, training_loss
 from miniworld.recipe import Recipe
 from miniworld.windows import Shard
 from miniworld.world import World
@@ -89,7 +91,8 @@ def train(
             shard = Shard(recipe, world, tokenizer, held_out, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * schedule(recipe, step)
-        loss = next_token_loss(model, shard.windows(step).to(device))
+        rng = np.random.default_rng([recipe.seed, step, 1])
+        loss = training_loss(model, shard.windows(step).to(device), rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -30,7 +30,7 @@ class Shard:
         encoded = tokenizer(written, add_special_tokens=False)["input_ids"]
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         self.recipe, self.vocabulary = recipe, len(tokenizer)
-        self.bos = tokenizer.bos_token_id if tokenizer("")["input_ids"] else None
+        self.bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
         line_end = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
         starts = np.flatnonzero(self.ids == line_end) + 1
         self.starts = starts[starts < len(self.ids) - recipe.window]  # of lines
