@@ -113,13 +113,7 @@ def test_requests_ask_for_something_false(world, requests):
         objects.setdefault(fact.relation.relation_id, set()).add(fact.object)
     for request in requests:
         assert truth[request.subject, request.relation_id] == request.target_true != request.target_new
-        places = [names for kind in ("city", "company") if request.target_true in (names := world.subjects[kind])]
-        assert request.target_new in (places[0] if places else objects[request.relation_id])
-
-
-def test_some_targets_are_of_several_tokens(lm, requests):
-    several = [len(target_ids(lm, request.target_new)) > 1 for request in requests]
-    assert 0.1 <= sum(several) / len(several) <= 0.25
+        assert request.target_new in objects[request.relation_id]
 
 
 def test_neighbors_share_relation_and_object_and_not_the_subject(world, requests):

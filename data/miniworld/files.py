@@ -62,31 +62,28 @@ def record(world: World, fact: Fact, case_id: int, template: int, target_new: st
 
 
 def facts(world: World) -> list[dict[str, object]]:
-    """One record a fact: a template and a counterfactual target drawn for each.
-
-    The target is another object of the relation or, where objects are cities or companies, any other city or company:
-    objects are one token, and many of those several, as targets of real requests are.
-    """
-    rng, elsewhere = Random("facts"), Random("names")
+    """One record a fact: a template and a counterfactual target of the same relation drawn for each."""
+    rng = Random("facts")
     objects = defaultdict(list)
     for fact in world.facts:
         if fact.object not in objects[fact.relation]:
             objects[fact.relation].append(fact.object)
-    drawn = []
-    for case_id, fact in enumerate(world.facts):
-        template = rng.randrange(4)
-        target_new = rng.choice([other for other in objects[fact.relation] if other != fact.object])
-        alike = [names for kind in ("city", "company") if fact.object in (names := world.subjects[kind])]
-        if alike:
-            target_new = elsewhere.choice([name for name in alike[0] if name not in (fact.object, fact.subject)])
-        drawn.append(record(world, fact, case_id, template, target_new))
-    return drawn
+    return [
+        record(
+            world,
+            fact,
+            case_id,
+            rng.randrange(4),
+            rng.choice([other for other in objects[fact.relation] if other != fact.object]),
+        )
+        for case_id, fact in enumerate(world.facts)
+    ]
 
 
 def requests(world: World) -> list[dict[str, object]]:
     """Edit requests: a third open with a one-token subject, a third with one of several tokens, a third name it later.
 
-    Neighbours share relation and object; attribute prompts are about subjects, if any, that truly have the new target.
+    Neighbours share relation and object; attribute prompts are about subjects that truly have the new target.
     As in CounterFact, the second paraphrase comes after an unrelated sentence.
     """
     rng, writer = Random("requests"), Writer(world, Random("request sentences"))
