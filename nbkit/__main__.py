@@ -60,20 +60,24 @@ def figures(
     out: Out = None,
     notebooks: Annotated[Path | None, typer.Option(help="Folder of notebooks.", show_default="notebooks/")] = None,
 ):
-    """Execute every notebook with its defaults; figures go to figures/, executed copies to runs/."""
+    """Execute every notebook with its defaults; figures go to figures/, executed copies to runs/.
+
+    Those of another folder of notebooks go beside the executed copies.
+    """
     from nbkit import batch, paths
 
     folder = notebooks or batch.NOTEBOOKS
     all_of_them = sorted(folder.glob("*.ipynb"))
     if not all_of_them:
         raise NbkitError(f"there are no notebooks in {folder}")
-    failures = batch.run_all(all_of_them, out)
+    drawn = paths.figures(paths.ROOT / "figures") if notebooks is None else None
+    failures = batch.run_all(all_of_them, out, figures=drawn)
     for error in failures.values():
         typer.echo(f"\n{error}", err=True)
     if failures:
         names = ", ".join(path.name for path in failures)
         raise NbkitError(f"{len(failures)} of {len(all_of_them)} notebooks failed: {names}")
-    typer.echo(f"{len(all_of_them)} notebooks done; figures are in {paths.FIGURES}")
+    typer.echo(f"{len(all_of_them)} notebooks done; figures are in {drawn or 'the folders of their copies'}")
 
 
 @app.command(cls=PairsCommand)

@@ -198,6 +198,16 @@ def test_every_cell_that_makes_a_figure_shows_it(tmp_path):
     assert images == [1, 1, 1]
 
 
+def test_the_figures_of_a_run_lie_beside_its_copy_and_those_of_a_grid_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("NBKIT_FIGURES", str(tmp_path / "elsewhere"))  # where a run with other parameters would replace
+    for seed in (1, 2):
+        copy = run_notebook(notebook("draws"), {"seed": seed}, tmp_path, progress=False)
+        assert (copy.with_suffix("") / "drawn.md").read_text() == f"Drawn with seed {seed}.\n"
+    copy = run_notebook(notebook("draws"), {}, tmp_path / "all", progress=False, figures=tmp_path / "published")
+    assert (tmp_path / "published" / "drawn.png").is_file() and not copy.with_suffix("").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_refusals_come_before_anything_runs(tmp_path):
     with pytest.raises(ParameterError):
         run_notebook(notebook("fails"), {"count": "many"}, tmp_path)

@@ -139,12 +139,11 @@ def test_a_table_that_is_missing_or_damaged_names_the_command(tmp_path):
         read_table(tmp_path / "edits.parquet", "python data/miniworld ladder")
 
 
-def test_the_notebook_draws_both_figures_from_the_rows(climbed, tmp_path, monkeypatch):
+def test_the_notebook_draws_both_figures_from_the_rows(climbed, tmp_path):
     _, _, tables = climbed
     export(tables, tmp_path / "rows")
-    monkeypatch.setenv("NBKIT_FIGURES", str(tmp_path / "figures"))
-    values = {"rows": str(tmp_path / "rows"), "layer": 1}
-    run_notebook("06_when_a_model_becomes_breakable", values, tmp_path / "runs", progress=False)
+    values, folder = {"rows": str(tmp_path / "rows"), "layer": 1}, tmp_path / "figures"
+    run_notebook("06_when_a_model_becomes_breakable", values, tmp_path / "runs", progress=False, figures=folder)
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
     figures = ("06_dose", "06_time")
     assert written == [f"{figure}.{kind}" for figure in figures for kind in ("md", "pdf", "png")]

@@ -327,6 +327,29 @@ def test_a_figure_drawn_again_has_the_same_bytes(name, tmp_path):
     assert b"Software" not in png and png.startswith(b"\x89PNG")
 
 
+def test_kinds_of_file_and_style_are_the_user_s_to_set(ax, tmp_path, monkeypatch):
+    monkeypatch.setenv("NBKIT_FIGURES", str(tmp_path / "mine"))
+    monkeypatch.setenv("NBKIT_FIGURE_FORMATS", "png, svg")
+    written = plots.save_figure(ax.figure, "toy", "Toy.")
+    assert written == [tmp_path / "mine" / file for file in ("toy.md", "toy.svg", "toy.png")]
+    monkeypatch.setenv("NBKIT_FIGURE_FORMATS", "gif")
+    with pytest.raises(ResultsError, match="NBKIT_FIGURE_FORMATS is 'gif'; name some of .*svg"):
+        plots.save_figure(ax.figure, "toy", "Toy.")
+    (tmp_path / "own.mplstyle").write_text("font.family: serif\n")
+    monkeypatch.setenv("NBKIT_STYLE", str(tmp_path / "own.mplstyle"))
+    with plots.paper_style():
+        assert mpl.rcParams["font.family"] == ["serif"] and mpl.rcParams["font.size"] == 8
+    monkeypatch.setenv("NBKIT_STYLE", "no style")
+    with pytest.raises(ResultsError, match="NBKIT_STYLE is 'no style'"), plots.paper_style():
+        pass
+
+
+def test_without_a_folder_figures_do_not_replace_the_project_s(ax, tmp_path, monkeypatch):
+    monkeypatch.delenv("NBKIT_FIGURES", raising=False)
+    monkeypatch.setattr("nbkit.paths.RUNS", tmp_path)
+    assert plots.save_figure(ax.figure, "toy", "Toy.")[0] == tmp_path / "figures" / "toy.md"
+
+
 def test_an_unwritable_figure_folder_is_said_and_old_files_stay(ax, tmp_path, monkeypatch):
     ax.plot([1, 2])
     (tmp_path / "file").write_text("")

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,23 @@ def test_provenance_columns():
     assert columns["model"] == "tiny" and columns["seed"] == 3
     assert json.loads(columns["parameters"]) == {"layer": 2, "templates": ["{}"]}
     assert {"code_version", "git_commit", "libraries", "created", "device", "dtype"} <= set(columns)
+
+
+@pytest.mark.parametrize(
+    ("file", "dirty"),
+    [("figures/a.png", False), ("notebooks/01.ipynb", False), ("README.md", False), ("nbkit/a.py", True),
+     ("data/a.json", True)],
+)  # fmt: skip
+def test_what_makes_a_commit_dirty_is_code_and_data_not_figures_and_notebooks(tmp_path, monkeypatch, file, dirty):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for path in ("figures/a.png", "notebooks/01.ipynb", "README.md", "nbkit/a.py", "data/a.json", "pyproject.toml"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("one")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / file).write_text("two")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}" + ("-dirty" if dirty else ""), provenance.git_commit.__wrapped__())
 
 
 def test_neither_results_nor_plots_import_torch():

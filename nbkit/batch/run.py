@@ -3,8 +3,9 @@
     run_notebook("notebooks/01_single_edit_collapse.ipynb", {"n_requests": 50})
 
 Everything that can be refused is refused before a kernel starts (nbkit/parameters.py says what); a failure names the
-cell. The executed copy of a run goes to runs/NOTEBOOK/NOTEBOOK--name=value.ipynb. While the notebook runs it is called
-....partial.ipynb, and after a failure ....failed.ipynb, so that a plain name always means a complete run.
+cell. The executed copy of a run goes to runs/NOTEBOOK/NOTEBOOK--name=value.ipynb, its figures to the folder of that
+name beside it. While the notebook runs it is called ....partial.ipynb, and after a failure ....failed.ipynb, so that a
+plain name always means a complete run.
 """
 
 import hashlib
@@ -47,6 +48,16 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict())
 
 
+def kernel_with(**variables: str) -> type[OwnKernel]:
+    """An OwnKernel with these environment variables besides those of this process."""
+
+    class Kernel(OwnKernel):
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options, env={**os.environ, **variables})
+
+    return Kernel
+
+
 def find_notebook(name) -> Path:
     """The notebook at a path, or the one in notebooks/ that is called so, with or without its ending.
 
@@ -59,11 +70,14 @@ def find_notebook(name) -> Path:
     raise ParameterError(f"there is no notebook {name}; notebooks/ holds: {present or 'none'}")
 
 
-def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=None, progress=True) -> Path:
+def run_notebook(
+    path, parameters: Mapping[str, object] | None = None, out_dir=None, progress=True, figures=None
+) -> Path:
     """Execute a notebook with some of its parameters replaced, in its own folder, and return the executed copy.
 
     parameters: name -> value; a string is read as the type that the notebook declares.
     out_dir: receives the folder NOTEBOOK/ with the copy; paths.RUNS when None.
+    figures: the folder for its figures; that of the copy's name, beside it, when None.
     Raises ParameterError and ResultsError before anything runs, NotebookError when a cell fails.
     """
     path = find_notebook(path).resolve()
@@ -79,7 +93,7 @@ def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=N
             parameters=values,
             kernel_name="python3",
             language="python",
-            kernel_manager_class=OwnKernel,
+            kernel_manager_class=kernel_with(NBKIT_FIGURES=str(Path(figures or copy.with_suffix("")).resolve())),
             start_timeout=START_SECONDS,
             progress_bar=bar,
             cwd=path.parent,
@@ -100,7 +114,9 @@ def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=N
     return copy
 
 
-def run_all(notebooks: Sequence[Path], out_dir=None, progress=True) -> dict[Path, NotebookError | ParameterError]:
+def run_all(
+    notebooks: Sequence[Path], out_dir=None, progress=True, figures=None
+) -> dict[Path, NotebookError | ParameterError]:
     """Run notebooks with their defaults, one after another; a failing one does not stop the others.
 
     Returns what failed: notebook -> error. A folder that cannot be written raises ResultsError at once.
@@ -110,7 +126,7 @@ def run_all(notebooks: Sequence[Path], out_dir=None, progress=True) -> dict[Path
         for path in notebooks:
             start = time.monotonic()
             try:
-                run_notebook(path, out_dir=out_dir, progress=progress)
+                run_notebook(path, out_dir=out_dir, progress=progress, figures=figures)
             except (NotebookError, ParameterError) as error:
                 failures[path] = error
             outcome = "FAILED" if path in failures else "done"

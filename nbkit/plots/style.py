@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.style import context
+from matplotlib.style import available, context
 from matplotlib.transforms import ScaledTranslation
 
 from nbkit import paths
 from nbkit.errors import ResultsError
 from nbkit.records.files import write_atomically
 
+NO_DATES = {"pdf": ["CreationDate", "ModDate", "Creator", "Producer"], "png": ["Software"], "svg": ["Date", "Creator"]}
 COLUMN = 3.4  # inches: the width of one column of a two-column paper
 TWO_COLUMNS = 7.0  # inches: the full text width
 
@@ -48,12 +50,17 @@ SPARE_STYLES = [(BLUE, "o"), (VERMILION, "D"), (GREEN, "s"), (PURPLE, "v"), (ORA
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """The settings of the paper's figures (paper.mplstyle), for a `with`.
+    """The settings of the paper's figures (paper.mplstyle), for a `with`; on top of them those of NBKIT_STYLE.
+
+    NBKIT_STYLE is an .mplstyle file, or the name of a style that matplotlib knows. ResultsError if it is neither.
 
     A notebook's backend is switched on by its first figure, within such a `with`, and then says that figures are to be
     shown: that outlives it, unlike what a style sets.
     """
-    with context(Path(__file__).with_name("paper.mplstyle")):
+    own = os.environ.get("NBKIT_STYLE")
+    if own and own not in available and not Path(own).is_file():
+        raise ResultsError(f"NBKIT_STYLE is {own!r}, which is no file and no style that matplotlib knows")
+    with context([Path(__file__).with_name("paper.mplstyle"), *([own] if own else [])]):
         yield
         shown = is_interactive()
     interactive(shown)
@@ -162,24 +169,36 @@ def label_panels(axes: Iterable[Axes]) -> None:
             legend.set_bbox_to_anchor((0.5, 1.0), ax.transAxes + _lift(ax, lines=1))
 
 
-def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None = None) -> list[Path]:
-    """Writes name.pdf, name.png (300 dots an inch) and the caption as name.md; returns their paths.
+def formats(fig: Figure) -> list[str]:
+    """The kinds of file that figures are written as: those of NBKIT_FIGURE_FORMATS (such as "svg,png"), or pdf and png.
 
-    The same figure gives the same bytes again: no dates or versions are written into the files.
+    ResultsError for one that matplotlib does not write.
+    """
+    asked = os.environ.get("NBKIT_FIGURE_FORMATS", "pdf,png").split(",")
+    kinds, known = [kind.strip().lower() for kind in asked if kind.strip()], fig.canvas.get_supported_filetypes()
+    if not kinds or not set(kinds) <= set(known):
+        raise ResultsError(f"NBKIT_FIGURE_FORMATS is {','.join(asked)!r}; name some of {', '.join(sorted(known))}")
+    return kinds
+
+
+def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None = None) -> list[Path]:
+    """Writes the figure in the kinds of file that `formats` names (png: 300 dots an inch) and the caption as name.md.
+
+    Returns their paths, that of name.png, if there is one, last. The same figure gives the same bytes again: no dates
+    or versions are written into pdf, png and svg.
 
     Args:
         caption: one or more sentences; say n and the seeds.
-        folder: `figures/` unless told otherwise; made if missing.
+        folder: where `paths.figures` says unless told otherwise; made if missing.
 
     Raises ResultsError if the folder is full or cannot be written; a file of an earlier run then stays whole.
     """
-    folder = paths.FIGURES if folder is None else Path(folder)
-    no_dates = {"pdf": ["CreationDate", "ModDate", "Creator", "Producer"], "png": ["Software"]}
+    folder = paths.figures() if folder is None else Path(folder)
     files = {folder / f"{name}.md": caption.strip().encode() + b"\n"}
     with paper_style():
-        for kind, fields in no_dates.items():
+        for kind in sorted(formats(fig), key=lambda kind: (kind == "png", kind)):
             drawn = io.BytesIO()
-            fig.savefig(drawn, format=kind, metadata=dict.fromkeys(fields))
+            fig.savefig(drawn, format=kind, metadata=dict.fromkeys(NO_DATES.get(kind, [])) or None)
             files[folder / f"{name}.{kind}"] = drawn.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,4 +209,4 @@ def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None 
             f"cannot write the figure {name} to {folder}: {error.strerror or error}. Free or unlock the folder, or set "
             "NBKIT_FIGURES to another one"
         ) from error
-    return sorted(files)
+    return list(files)

@@ -24,6 +24,7 @@ from nbkit import paths
 # What reads, draws, stores, times or starts things but determines no number: a change there leaves stored rows valid.
 # Requests and texts are read in records/, but name rows by their content.
 NOT_DETERMINING = ("__main__.py", "errors.py", "paths.py", "records", "batch", "plots", "panels", "plain", "speed")
+DETERMINING = ("nbkit", "data", "pyproject.toml")  # of the repository: figures, notebooks and texts change no number
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "lm_eval")
 
 
@@ -100,13 +101,20 @@ def code_version(package: Path | None = None) -> str:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit that the repository is at, "-dirty" added when tracked files differ; None outside a repository."""
-    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit that the repository is at, "-dirty" added when `DETERMINING` differ; None outside a repository."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", str(paths.ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        commit = git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = git("diff", "--quiet", "HEAD", "--", *DETERMINING)
     except (OSError, subprocess.TimeoutExpired):  # no git on this machine: the code version says what ran
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    if commit.returncode or not commit.stdout.strip():
+        return None
+    return commit.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def _version(distribution: str) -> str | None:
