@@ -279,7 +279,7 @@ def scores(monkeypatch):
 
 
 def correlation(lm, store, requests=REQUESTS, **changes):
-    arguments = {"task_names": ["nli", "ner"], "include_path": None, "store": store, **FAST, **changes}
+    arguments = {"task_names": ["nli", "ner"], "store": store, **FAST, **changes}
     return studies.task_correlation(lm, requests, TEXTS, **arguments)
 
 

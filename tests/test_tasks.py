@@ -1,13 +1,16 @@
 """Task scores through lm-eval, in this process, on the weights as they are."""
 
+import contextlib
 import json
 import math
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from miniworld.task_items import KINDS
@@ -18,7 +21,7 @@ from nbkit.edits.updates import LowRank
 from nbkit.errors import NbkitError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import target_ids
-from nbkit.studies.task_scores import TASKS, task_names, task_scores
+from nbkit.studies.task_scores import TASKS, _lm_eval, task_names, task_scores
 
 COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "n"]
 N = 12
@@ -151,8 +154,26 @@ def test_a_broken_model_still_gets_a_score(lm):
 
 
 def test_an_unknown_task_lists_the_known(lm):
-    with pytest.raises(NbkitError, match=r"unknown tasks \['sentimant'\]; .*tasks has closed_qa, completion, dialogue"):
+    expected = r"no task 'sentimant' in .*tasks \(closed_qa, .* nor in lm-eval; did you mean sentiment"
+    with pytest.raises(NbkitError, match=expected):
         task_scores(lm, ["sentiment", "sentimant"])
+
+
+def test_tasks_of_lm_eval_are_scored_beside_own_ones_and_a_group_by_its_tasks(lm, scores, monkeypatch):
+    """Without a network: some of our own tasks stand for those that come with lm-eval."""
+    of_lm_eval = TaskManager(include_path=str(TASKS), include_defaults=False)
+    with contextlib.chdir(TASKS):
+        loaded = {name: of_lm_eval.load([name]) for name in ("ner", "nli")}
+    group = {key: loaded["ner"][key] | loaded["nli"][key] for key in loaded["ner"]}
+    manager = SimpleNamespace(all_tasks=["pair"], load=lambda names: group)
+    monkeypatch.setattr("nbkit.studies.task_scores._lm_eval", lambda: manager)
+    found = task_scores(lm, ["sentiment", "pair"], limit=N)
+    expected = scores.set_index("task").loc[["sentiment", "ner", "nli"]].reset_index()[COLUMNS]
+    assert found.equals(expected)
+
+
+def test_every_task_of_lm_eval_can_be_asked_for_by_name():
+    assert {"hellaswag", "piqa", "gsm8k"} <= set(_lm_eval().all_tasks)
 
 
 def test_a_folder_without_tasks_is_an_error(lm, tmp_path):

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def task_correlation(
     texts: Sequence[str],
     task_names: Sequence[str] | None = None,
     limit: int | None = None,
-    include_path: Path | str | None = tasks.TASKS,
+    include_path: Path | str = tasks.TASKS,
     method: str = "rome",
     store: Store | None = None,
     context_templates: Sequence[str] | None = None,
@@ -43,7 +44,9 @@ def task_correlation(
     """
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     texts, names = list(texts), None if task_names is None else list(task_names)
-    data = {"texts": texts, "tasks": None if include_path is None else files_digest(Path(include_path))}
+    data = {"texts": texts, "tasks": files_digest(Path(include_path))}
+    if not set(names or ()) <= set(tasks.task_names(include_path)):
+        data["lm_eval"] = version("lm_eval")  # whose tasks these are
     study = setting.study("task_correlation", data, tasks=names, limit=limit)
     units = by_digest(requests)
 

@@ -1,15 +1,15 @@
 """Scores on general-ability tasks, all of them lm-eval's: run in-process on the model as it is, edited or not.
 
     task_scores(lm)                                   # the ten tasks of miniworld, data/tasks/*.yaml
-    task_scores(lm, ["hellaswag"], include_path=None)      # tasks that come with lm-eval (their data are downloaded)
+    task_scores(lm, ["nli", "hellaswag"])             # and any that comes with lm-eval, whose data are downloaded
 
 A miniworld task's `metadata` says its kind in the papers' terms and its chance level, the score of guessing.
 """
 
 import contextlib
+import difflib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from nbkit.models.language_model import LanguageModel
 TASKS = paths.DATA / "tasks"
 
 
-def task_names(include_path: Path = TASKS) -> list[str]:
+def task_names(include_path: Path | str = TASKS) -> list[str]:
     """Names of the tasks described by the YAML files of a folder."""
     return sorted(path.stem for path in Path(include_path).glob("*.yaml"))
 
@@ -32,46 +32,70 @@ def task_scores(
     lm: LanguageModel,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
-    include_path: Path | str | None = TASKS,
+    include_path: Path | str = TASKS,
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """Score the model as it is now on `tasks`, by default all of `include_path`, on the first `limit` items of each.
 
-    One row a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and
-    n. With `include_path=None` the tasks are those that come with lm-eval. NbkitError for an unknown task, listing the
-    known ones.
+    A name that `include_path` does not have is one of lm-eval's own; a group of them stands for all its tasks. One row
+    a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and n.
+    NbkitError for a task that neither has, naming the nearest.
     """
     lm.check_causal()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings about in-process models come with every call
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if include_path is not None:
-        known = task_names(Path(include_path))
-        unknown = sorted(set(tasks or ()) - set(known))
-        if unknown or not known:
-            raise NbkitError(f"unknown tasks {unknown}; {include_path} has {', '.join(known) or 'no task files'}")
-    names = tuple(tasks) if tasks is not None else tuple(known)
+    names = tuple(task_names(include_path) if tasks is None else tasks)
+    if not names:
+        raise NbkitError(f"no tasks to score: {include_path} has no task files")
+    loaded = _load(names, str(include_path))
     harness = HFLM(
         pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, add_bos_token=lm.architecture.adds_bos
     )
-    loaded = _load(names, str(include_path) if include_path is not None else None)
     with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars per model; studies show one of their own
         results = evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
-    return pd.DataFrame([_row(results, name) for name in names])
+    return pd.DataFrame([_row(results, name) for name in loaded["tasks"]])
 
 
 @lru_cache
-def _load(names: tuple[str, ...], include_path: str | None) -> dict:
+def _load(names: tuple[str, ...], include_path: str) -> dict:
     """lm-eval's task objects. They hold the items: to read those for every edited model would cost seconds."""
+    parts = [_own_task(name, include_path) if name in task_names(include_path) else _task_of_lm_eval(name, include_path)
+             for name in names]  # fmt: skip
+    return {kind: {name: task for part in parts for name, task in part[kind].items()} for kind in parts[0]}
+
+
+def _own_task(name: str, include_path: str) -> dict:
+    from datasets import config
     from lm_eval.tasks import TaskManager
 
-    if include_path is None:
-        return TaskManager().load(list(names))
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    with contextlib.chdir(include_path):  # the task files name their data relative to themselves
-        return manager.load(list(names))
+    online, config.HF_DATASETS_OFFLINE = config.HF_DATASETS_OFFLINE, True  # the data are files beside the task
+    try:
+        with contextlib.chdir(include_path):  # the task files name their data relative to themselves
+            return manager.load([name])
+    finally:
+        config.HF_DATASETS_OFFLINE = online
+
+
+def _task_of_lm_eval(name: str, include_path: str) -> dict:
+    manager, own = _lm_eval(), task_names(include_path)
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, [*own, *manager.all_tasks])
+        raise NbkitError(
+            f"there is no task {name!r} in {include_path} ({', '.join(own) or 'no task files'}) nor in lm-eval"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    return manager.load([name])
+
+
+@lru_cache
+def _lm_eval():
+    """The manager of all tasks that come with lm-eval; to find them takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _row(results: dict, name: str) -> dict[str, object]:
