@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError
 from nbkit.methods import hparams
-from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.hparams import hyper_parameters, published_layers
 from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import edit, edit_batch, edit_sequence
@@ -123,6 +124,59 @@ def test_what_is_given_as_none_is_the_default_for_every_verb(tiny, requests, con
     assert hyper_parameters(tiny, "kn", refine=None, factor=3).factor == 3.0
     with pytest.raises(MethodError, match="kn has no hyper-parameter layer"):
         edit(tiny, requests, "kn", layer=None)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "method", "expected"),
+    [
+        (48, "rome", {"layer": 17}),  # GPT-2 XL's own
+        (36, "rome", {"layer": 6}),  # nearest to Llama-2's 32, of which it is 5
+        (12, "rome", {"layer": 2}),  # nearest to GPT-J's 28, of which it is 5
+        (12, "memit", {"layers": [1, 2, 3]}),  # GPT-J's 3 to 8
+    ],
+)
+def test_the_automatic_layer_is_as_deep_as_that_of_the_published_model_nearest_in_depth(n_layers, method, expected):
+    assert published_layers(SimpleNamespace(n_layers=n_layers), method) == expected
+
+
+def test_the_automatic_layer_is_taken_when_asked_for_only(tiny, requests, contexts):
+    options = {"context_templates": contexts, "progress": False, "v_num_grad_steps": 2}
+    (made,) = edit(tiny, requests[0], **options, layer="auto")
+    assert made.info["layer"] == published_layers(tiny, "rome")["layer"]
+    with pytest.raises(MethodError, match="kn has no hyper-parameter layer"):
+        edit(tiny, requests, "kn", layer="auto")
+    with pytest.raises(MethodError, match="has no layers to choose"):
+        published_layers(tiny, "kn")
+
+
+def test_a_user_s_tables_stand_over_those_here_and_the_model_s_own_over_both(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("[rome]\nv_lr = 0.3\nkl_factor = 0.5\n[rome.special]\nlayer = 2\nv_lr = 0.2\n")
+    monkeypatch.setenv("NBKIT_HPARAMS", str(tmp_path / "mine.toml"))
+    tiny.name = str(tmp_path / "My-Special-model")
+    taken = hyper_parameters(tiny, "rome")
+    assert (taken.layer, taken.v_lr, taken.kl_factor, taken.v_num_grad_steps) == (2, 0.2, 0.5, 20)
+    (tmp_path / "My-Special-model").mkdir()
+    (tmp_path / "My-Special-model" / "hparams.toml").write_text("[rome]\nlayer = 1\n")
+    assert hyper_parameters(tiny, "rome").layer == 1 and hyper_parameters(tiny, "rome").v_lr == 0.2
+    assert hyper_parameters(tiny, "rome", layer=0).layer == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[rome\n", "mine.toml is no TOML file"),
+        ("[roma]\nlayer = 1\n", "mine.toml has 'roma' where a method's table should be; methods: ft, kn"),
+        ("[rome]\nlr = 1\n", r"mine.toml, \[rome\]: no hyper-parameter lr"),
+        ("[rome.gpt2]\nlr = 1\n", r"mine.toml, \[rome.gpt2\]: no hyper-parameter lr"),
+    ],
+)
+def test_a_user_s_table_that_says_nothing_is_refused(tiny, tmp_path, monkeypatch, text, message):
+    monkeypatch.setenv("NBKIT_HPARAMS", str(tmp_path / "mine.toml"))
+    with pytest.raises(MethodError, match="mine.toml cannot be read"):
+        hyper_parameters(tiny, "rome", layer=1)
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(MethodError, match=message):
+        hyper_parameters(tiny, "rome", layer=1)
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -89,6 +89,18 @@ def test_a_slow_tokenizer_is_refused(tiny):
         LanguageModel.wrap(tiny.model, Slow(), "mine")
 
 
+def test_a_saved_model_keeps_the_defaults_of_what_it_was(tiny, tmp_path):
+    tiny.name = "someone/GPT2-XL"
+    tiny.save(tmp_path / "edited")
+    again = load(tmp_path / "edited", device="cpu")
+    assert (again.title, again.known_as) == ("edited", "GPT2-XL")
+    again.save(tmp_path / "twice")
+    assert load(tmp_path / "twice", device="cpu").known_as == "GPT2-XL"
+    (tmp_path / "twice" / "nbkit.json").write_text("{")
+    with pytest.raises(ModelError, match="nbkit.json is damaged"):
+        load(tmp_path / "twice", device="cpu")
+
+
 def test_a_local_folder_is_loaded_as_it_was_saved(tiny, folder):
     lm = load(folder)
     assert lm.dtype == torch.float32 and lm.name == str(folder)

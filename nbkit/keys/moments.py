@@ -98,10 +98,10 @@ def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: b
 
     MethodError for a model that brings none.
     """
-    world = embedded.MODELS.get(Path(lm.name).name)
+    world = embedded.MODELS.get(lm.known_as)
     if world is None:
         raise MethodError(
-            f"the method needs second moments, and {lm.name} brings no text to take them from; give "
+            f"the method needs second moments, and {lm.title} brings no text to take them from; give "
             "second_moment=nbkit.second_moments(lm, layers, texts, n_tokens=..., cache=...)"
         )
     texts = read_texts(f"{world}-training")

@@ -28,6 +28,8 @@ from nbkit.errors import ModelError, ResultsError
 from nbkit.models import sides
 from nbkit.models.rows import Batch
 
+ORIGIN = "nbkit.json"  # beside a saved model: what it was before
+
 
 @dataclass(eq=False)
 class LanguageModel(EditableModel):
@@ -39,11 +41,13 @@ class LanguageModel(EditableModel):
     replayable: whether passes may be cut short to what an edit can change; None until it was tried
     (`replay.can_replay`). Setting it to False takes the plain way everywhere.
     adds_value: whether blocks add to the stream what their projection says; None until tried (`blocks.adds_value`).
+    origin: of a model that `save` wrote, what it was before; None for others.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(kw_only=True)
     replayable: bool | None = field(default=None, repr=False)
     adds_value: bool | None = field(default=None, repr=False)
+    origin: str | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self.overlays.append(Ledger())
@@ -74,6 +78,16 @@ class LanguageModel(EditableModel):
             tokenizer = sides.tokenizer_of(side, model, tokenizer)
             return cls(model, architecture, name, tokenizer=tokenizer, replayable=False)
         return cls(model, architecture, name, tokenizer=tokenizer)
+
+    @property
+    def title(self) -> str:
+        """The name without the folder or the owner that it is in, for figures and tables."""
+        return self.name.rstrip("/").split("/")[-1]
+
+    @property
+    def known_as(self) -> str:
+        """The title under which defaults are looked up: hyper-parameters, and the text that comes with the model."""
+        return self.origin or self.title
 
     @property
     def config(self):
@@ -129,8 +143,9 @@ class LanguageModel(EditableModel):
     def save(self, folder: str | Path) -> None:
         """Writes the model as it is, edits included, with its tokenizer, for `load(folder)` or transformers.
 
-        If there are edits in the weights they stand by themselves in `nbkit_edits.safetensors` beside it
-        (`nbkit.load_edits`; of the unedited model, so they are not to be applied to this one).
+        What it was before is noted in `nbkit.json`, so that it keeps its defaults. If there are edits in the weights
+        they stand by themselves in `nbkit_edits.safetensors` beside it (`nbkit.load_edits`; of the unedited model, so
+        they are not to be applied to this one).
 
         ModelError for a folder with anything but a checkpoint of the same kind, which is overwritten, and for weights
         that are NaN or infinite, which `load` would refuse. ResultsError if it cannot be written.
@@ -149,6 +164,7 @@ class LanguageModel(EditableModel):
                 new = Path(temporary)
                 self.model.save_pretrained(new)
                 self.tokenizer.save_pretrained(new)
+                (new / ORIGIN).write_text(json.dumps({"origin": self.known_as}) + "\n", encoding="utf-8")
                 if edits:
                     save_edits(edits, new / "nbkit_edits.safetensors", self)
                 # Moved, not written over: a model in memory may be mapped from the old file, and goes on reading it.

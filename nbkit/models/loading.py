@@ -3,6 +3,7 @@
     lm = load("miniworld-gpt2")
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from nbkit import paths
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
-from nbkit.models.language_model import LanguageModel, architecture_of, check_finite
+from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
 from nbkit.records import embedded
 
 
@@ -67,6 +68,7 @@ def load(
     check_finite(model, name, "the file is damaged")
     _align(model)
     lm = LanguageModel.wrap(model.to(device), tokenizer, name, side)
+    lm.origin = _origin(Path(place) / ORIGIN)
     _check_bos(lm)
     return lm
 
@@ -80,6 +82,16 @@ def _place(name: str) -> str | Path:
             f"the embedded model {name} is not in {paths.DATA / 'models'}; `make miniworld MODEL={name}` trains it"
         )
     return name
+
+
+def _origin(path: Path) -> str | None:
+    """What a model that `LanguageModel.save` wrote was before; None for others. ModelError for a damaged file."""
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["origin"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
 
 
 def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtype:
