@@ -27,6 +27,13 @@ def assert_same_bits(lm, before):
         assert torch.equal(parameter.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
+def test_an_edit_is_shown_in_a_line():
+    request = EditRequest("{} plays the", "Ann", "harp")
+    shown = repr(Edit({"h.1.c_proj.weight": random_delta()}, (request,) * 5, "memit", info={"u": torch.zeros(999)}))
+    assert "memit of [Ann -> harp, Ann -> harp, Ann -> harp and 2 more]; h.1.c_proj.weight: LowRank (32, 48)" in shown
+    assert len(shown) < 150
+
+
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_update_is_added_in_the_right_orientation(make_lm, kind, square):

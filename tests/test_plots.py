@@ -4,6 +4,7 @@ import errno
 import itertools
 import math
 import warnings
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -342,6 +343,13 @@ def test_kinds_of_file_and_style_are_the_user_s_to_set(ax, tmp_path, monkeypatch
     monkeypatch.setenv("NBKIT_STYLE", "no style")
     with pytest.raises(ResultsError, match="NBKIT_STYLE is 'no style'"), plots.paper_style():
         pass
+
+
+def test_a_caption_names_model_number_type_and_files_without_their_folders():
+    lm = SimpleNamespace(title="gpt2-xl", dtype="torch.float32")
+    read = {"requests": "/home/ann/counterfact.json", "texts": "miniworld", "C": None}
+    assert plots.sources(lm, **read) == "gpt2-xl in float32, requests of counterfact.json and texts of miniworld."
+    assert plots.sources(lm, texts="a") == "gpt2-xl in float32, texts of a."
 
 
 def test_without_a_folder_figures_do_not_replace_the_project_s(ax, tmp_path, monkeypatch):

@@ -23,6 +23,12 @@ class Edit:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        asked = ", ".join(f"{one.subject} -> {one.target_new}" for one in self.requests[:3])
+        asked += f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
+        deltas = [f"{name}: {type(delta).__name__} {tuple(delta.shape)}" for name, delta in self.deltas.items()]
+        return f"<Edit by {self.method or 'hand'} of [{asked}]; {', '.join(deltas)}; norm {self.norm():.4g}>"
+
     @property
     def request(self) -> EditRequest:
         """The request of an edit that has exactly one."""

@@ -42,7 +42,8 @@ def task_scores(
     NbkitError for a task that neither has, naming the nearest.
     """
     lm.check_causal()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings about in-process models come with every call
+    for chatty in ("lm_eval", "transformers.modeling_utils"):  # in-process models; passes without a mask, padded right
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -67,16 +68,20 @@ def _load(names: tuple[str, ...], include_path: str) -> dict:
 
 
 def _own_task(name: str, include_path: str) -> dict:
-    from datasets import config
+    import datasets
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    online, config.HF_DATASETS_OFFLINE = config.HF_DATASETS_OFFLINE, True  # the data are files beside the task
+    online, datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_DATASETS_OFFLINE, True  # files beside the task
+    shown = datasets.are_progress_bars_enabled()
+    datasets.disable_progress_bars()  # two for every task, done as soon as they are drawn
     try:
         with contextlib.chdir(include_path):  # the task files name their data relative to themselves
             return manager.load([name])
     finally:
-        config.HF_DATASETS_OFFLINE = online
+        datasets.config.HF_DATASETS_OFFLINE = online
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _task_of_lm_eval(name: str, include_path: str) -> dict:
