@@ -3,16 +3,20 @@
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from nbkit.batch import NOTEBOOKS
 from nbkit.batch import run as batch
+from nbkit.batch.allowed import allowed_by
 from nbkit.batch.parameters import checked, convert, declared
 from nbkit.batch.run import copy_name, run_all, run_notebook
 from nbkit.errors import NotebookError, ParameterError, ResultsError
+from nbkit.methods.table import METHODS
 
 FIXTURES = Path(__file__).parent / "notebooks"
 
@@ -147,6 +151,65 @@ def test_files_that_parameters_name_must_exist(tmp_path, monkeypatch):
     for wrong in ({"records": "none.json"}, {"records": "."}, {"requests": "none.json"}, {"place": "nowhere"}):
         with pytest.raises(ParameterError, match="there is no (file|folder)"):
             checked(path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_requests", "-5", "n_requests: -5 is not allowed; it must be 1 or more"),
+        ("n_requests", 0, "must be 1 or more"),
+        ("keep", "0", "must be above 0 and at most 1"),
+        ("seeds", "[]", "seeds is an empty list: give one or more, each 0 or more"),
+        ("seeds", "3,-1", "seeds: -1 is not allowed"),
+        ("seeds", "3,3", "seeds has 3 twice"),
+        ("layer", "-1", "must be one of 0 or more, auto"),
+        ("layer", "outo", "'outo' is no int; did you mean 'auto'?"),
+        ("key_mode", "prefxied", "must be one of mixed, prefixed, plain; did you mean 'prefixed'?"),
+        ("variants", "ROME,CROME", "'CROME' is not allowed; it must be one of ROME, C-ROME; did you mean 'C-ROME'?"),
+        ("model", "miniworld-gtp2", "model: there is no model 'miniworld-gtp2': .* did you mean miniworld-gpt2"),
+        ("model", "./nowhere", "model: there is no folder"),
+        ("models", "miniworld-gpt2,miniword-llama", "models: there is no model 'miniword-llama'"),
+    ],
+)
+def test_values_that_the_comment_does_not_allow_are_refused_before_a_kernel_starts(name, value, message, tmp_path):
+    with pytest.raises(ParameterError, match=re.escape(message).replace(r"\.\*", ".*")):
+        run_notebook(notebook("declares"), {name: value}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_comment_allows_is_taken():
+    given = {"n_requests": "1", "keep": "1", "seeds": "0,7", "layer": "auto", "variants": "C-ROME", "model": "gpt2"}
+    taken = {"n_requests": 1, "keep": 1.0, "seeds": [0, 7], "layer": "auto", "variants": ["C-ROME"], "model": "gpt2"}
+    assert checked(notebook("declares"), given) == taken
+    assert checked(notebook("declares"), {"layer": "None"}) == {"layer": None}
+    assert str(declared(notebook("declares"))["variants"]).endswith("compared [one or more: ROME | C-ROME]")
+
+
+def test_a_model_folder_counts_from_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    path = notebook("declares")
+    for given in ("mine", "./mine", tmp_path / "mine"):
+        assert checked(path, {"model": str(given)})["model"] == str(tmp_path / "mine")
+    assert checked(path, {"models": "mine,miniworld-gpt2"})["models"] == [str(tmp_path / "mine"), "miniworld-gpt2"]
+    assert checked(path, {"either": "mine@3"})["either"] == f"{tmp_path / 'mine'}@3"
+    assert checked(path, {"either": "gpt2-6x256@3"})["either"] == "gpt2-6x256@3"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ParameterError, match="holds no model"):
+        checked(path, {"model": "empty"})
+
+
+@pytest.mark.parametrize("words", ["[1...2]", "[a | 1..2..3]", "[..]"])
+def test_brackets_that_make_no_sense_are_refused(words):
+    with pytest.raises(ParameterError, match="is no range"):
+        allowed_by(f"how many {words}")
+
+
+def test_methods_named_in_notebooks_are_those_that_there_are():
+    named = [declared(path)["method"].allowed for path in NOTEBOOKS.glob("*.ipynb") if "method" in declared(path)]
+    assert len(named) >= 5
+    assert {allowed.words for allowed in named} == {tuple(METHODS)}
 
 
 # --- execution --------------------------------------------------------------------------------------------------------

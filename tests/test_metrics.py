@@ -65,6 +65,11 @@ def test_a_broken_model_has_a_perplexity_that_says_so(tiny, texts, value, expect
     assert math.isfinite(perplexity(tiny, texts))
 
 
+def test_one_text_in_place_of_a_list_is_refused(tiny):
+    with pytest.raises(PromptError, match=r"a list of texts is needed, .* write \['The river'\]"):
+        perplexity(tiny, "The river")
+
+
 def test_a_text_that_cannot_be_scored_is_named(tiny):
     with pytest.raises(PromptError, match="two tokens.*'x'"):
         perplexity(tiny, ["Ann plays the harp.", "x"])

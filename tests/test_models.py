@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from nbkit import paths
@@ -13,6 +14,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
 from nbkit.errors import ModelError
+from nbkit.models import loading
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.loading import embedded_models, load
 
@@ -129,8 +131,31 @@ def test_an_unknown_name_lists_the_embedded_ones(folder, monkeypatch, tmp_path):
     (tmp_path / "models").mkdir()
     folder.rename(tmp_path / "models" / "smallworld")
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    with pytest.raises(ModelError, match=r"no model 'bigworld'.*\(smallworld\)"):
+    with pytest.raises(ModelError, match=r"no model 'bigworld': embedded are smallworld.* OWNER/NAME"):
         load("bigworld")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "gpt2-xl"])
+def test_an_id_of_the_hub_is_asked_for_once(name, monkeypatch, tmp_path):
+    asked = []
+
+    def out_of_reach(url):
+        asked.append(url)
+        raise OfflineModeIsEnabled("no connection")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "get_hf_file_metadata", out_of_reach)
+    monkeypatch.setattr(loading, "AutoConfig", None)  # transformers would ask six times for each file
+    with pytest.raises(ModelError, match=f"'{name}' is neither .* out of reach"):
+        load(name)
+    assert len(asked) == 1
+
+
+def test_a_mistyped_name_is_not_asked_for_at_all(monkeypatch):
+    monkeypatch.setattr(loading, "get_hf_file_metadata", None)
+    for name, meant in (("gtp2", "gpt2"), ("miniworld-gtp2", "miniworld-gpt2"), ("./miniworld-gpt", "miniworld-gpt2")):
+        with pytest.raises(ModelError, match=f"did you mean .*{meant}"):
+            load(name)
 
 
 @pytest.mark.parametrize(

@@ -243,3 +243,17 @@ def test_the_real_files(shared, name, n):
             assert len(request.neighborhood_targets) == len(record["neighborhood_prompts"])
         else:
             assert request.text == record["prompt"]
+
+
+@pytest.mark.parametrize("limit", [0, -5, 2.5, True])
+@pytest.mark.parametrize("read", [read_requests, read_texts])
+def test_a_limit_below_one_is_refused(read, limit):
+    with pytest.raises(RequestError, match="limit must be a whole number from 1 on"):
+        read("miniworld", limit=limit)
+
+
+@pytest.mark.parametrize("read", [read_requests, read_texts])
+def test_a_file_that_holds_nothing_is_refused(read, tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(RequestError, match="none.json holds no"):
+        read(tmp_path / "none.json")

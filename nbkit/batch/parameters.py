@@ -12,12 +12,18 @@ hours with the default. Here every value is checked before anything runs. The ty
 list[...], dict and Optional[...]; a parameter whose default is None takes None too; without an annotation the
 default's type counts.
 
+A comment that ends in brackets says what the value may be, as in `[1..]` or `[mixed | plain]`: see allowed.py. It may
+go on in lines of its own below.
+
 A comment that begins with "file" or "folder" makes the value a path, which must exist; "file or name" does so when
-the value looks like a path (it starts with . / ~ or ends in a data file's suffix). Given paths are relative to where
-the command runs; defaults, as in JupyterLab, to the notebook's folder.
+the value looks like a path (it starts with . / ~ or ends in a data file's suffix). One that begins with "model" makes
+it, or each item of a list, the name of a model, as `nbkit.load` takes it: a folder must be there, and a name that no
+model can have is refused; with "model or name" only folders count, and `@` with a layer may follow. Given paths are
+relative to where the command runs; defaults, as in JupyterLab, to the notebook's folder.
 """
 
 import ast
+import itertools
 import json
 import logging
 import re
@@ -28,7 +34,10 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from nbkit.errors import ParameterError
+from nbkit.batch.allowed import Allowed, allowed_by
+from nbkit.errors import ModelError, ParameterError
+from nbkit.records.bounds import nearest
+from nbkit.records.embedded import embedded_models, locate_model
 
 SCALARS = ("int", "float", "str", "bool")
 TYPES = (*SCALARS, "list", "list[...]", "dict", "Optional[...]")
@@ -44,31 +53,56 @@ class Parameter:
     kind: str
     default: object
     help: str
+    allowed: Allowed | None = None
 
     def __str__(self):
         return f"{self.name}: {self.kind}" + (f"  # {self.help}" if self.help else "")
 
     def convert(self, value):
-        """The value as the notebook will see it; a string is read as the declared type. Raises ParameterError."""
-        if self.default is None and value in (None, "None"):
+        """The value as the notebook will see it; a string is read as the declared type.
+
+        Raises ParameterError for a value of another type, and for one that the comment's brackets do not allow.
+        """
+        if value in (None, "None") and (self.default is None or self.kind.startswith("Optional")):
             return None
+        if self.allowed and isinstance(value, str) and value in self.allowed.words:
+            return [value] if re.match("list|List", self.kind) else value
         try:
-            return convert(value, self.kind)
+            value = convert(value, self.kind)
         except (ValueError, TypeError, SyntaxError):
-            raise ParameterError(f"parameter {self.name}: {value!r} is no {self.kind} ({self})") from None
+            meant = nearest(value, self.allowed.words if self.allowed else ())
+            raise ParameterError(f"parameter {self.name}: {value!r} is no {self.kind}{meant} ({self})") from None
+        if self.allowed:
+            self.allowed.check(self.name, value)
+        return value
 
     def located(self, value, folder):
         """The value, made absolute when it is a path; ParameterError when the path does not exist below `folder`."""
-        marked = re.match(r"(file|folder)( or name)?\b", self.help)
+        marked = re.match(r"(file|folder|model)s?( or names?)?\b", self.help)
+        if marked and isinstance(value, list):
+            return [self.located(item, folder) for item in value]
         if not marked or not isinstance(value, str) or not value:
             return value
         what, or_name = marked.groups()
+        if what == "model":
+            return self._located_model(value, folder, or_name)
         if or_name and not (value.startswith((".", "/", "~")) or Path(value).suffix in DATA_SUFFIXES):
             return value
         path = Path(folder, Path(value).expanduser()).resolve()
         if not (path.is_file() if what == "file" else path.is_dir()):
             raise ParameterError(f"parameter {self.name}: there is no {what} {path}")
         return str(path)
+
+    def _located_model(self, value, folder, or_name):
+        name, at, layer = value.partition("@") if or_name else (value, "", "")
+        if or_name and not Path(folder, name).is_dir():
+            return value
+        try:
+            place = locate_model(name, folder)
+        except ModelError as error:
+            raise ParameterError(f"parameter {self.name}: {error}") from None
+        embedded = name in embedded_models()  # goes by its name, which rows and captions show
+        return f"{place.resolve()}{at}{layer}" if isinstance(place, Path) and not embedded else value
 
 
 def convert(value, kind):
@@ -142,9 +176,19 @@ def declared(path) -> dict[str, Parameter]:
         except ValueError:
             default = UNKNOWN
         kind = annotation or type(default).__name__
-        _check_declaration(path, name, kind, default)
-        parameters[name] = Parameter(name, kind, default, seen[name]["help"])
+        words = " ".join(filter(None, [seen[name]["help"], *_comments_below(cell.source, value.end_lineno)]))
+        try:
+            parameters[name] = Parameter(name, kind, default, words, allowed_by(words))
+        except ParameterError as error:
+            raise ParameterError(f"{path}: parameter {name}: {error}") from None
+        _check_declaration(path, parameters[name])
     return parameters
+
+
+def _comments_below(source, line) -> list[str]:
+    """The comments on lines of their own that follow a line (counted from 1) at once."""
+    below = itertools.takewhile(lambda text: text.startswith("#"), map(str.strip, source.splitlines()[line:]))
+    return [text.lstrip("# ") for text in below]
 
 
 def checked(path, given: Mapping[str, object]) -> dict[str, object]:
@@ -152,7 +196,8 @@ def checked(path, given: Mapping[str, object]) -> dict[str, object]:
     parameters = declared(path)
     if unknown := [name for name in given if name not in parameters]:
         listing = "".join(f"\n  {p}" for p in parameters.values()) or " none"
-        raise ParameterError(f"{path} has no parameter {', '.join(unknown)}; its parameters:{listing}")
+        meant = nearest(unknown[0], list(parameters))
+        raise ParameterError(f"{path} has no parameter {', '.join(unknown)}{meant}; its parameters:{listing}")
     values = {}
     for name, parameter in parameters.items():
         if name in given:
@@ -191,8 +236,9 @@ def _assignments(cell, path):
     return assignments
 
 
-def _check_declaration(path, name, kind, default):
-    """Refuse a type that is not in the list above, and a default that does not fit its own annotation."""
+def _check_declaration(path, parameter):
+    """Refuse a type that is not in the list above, and a default that its own annotation or brackets do not allow."""
+    name, kind, default = parameter.name, parameter.kind, parameter.default
     if kind == "NoneType":
         raise ParameterError(f"{path}: parameter {name} needs a type, such as `{name}: int = None`")
     scalar = "|".join(SCALARS)
@@ -200,4 +246,7 @@ def _check_declaration(path, name, kind, default):
     if not re.fullmatch(rf"{simple}|Optional\[{simple}\]", kind):
         raise ParameterError(f"{path}: parameter {name} cannot be of type {kind}; the types are {', '.join(TYPES)}")
     if default is not None and default is not UNKNOWN:
-        Parameter(name, kind, default, f"the default in {path}").convert(default)
+        try:
+            parameter.convert(default)
+        except ParameterError as error:
+            raise ParameterError(f"{path}, the default: {error}") from None

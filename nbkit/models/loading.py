@@ -6,21 +6,27 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from nbkit import paths
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
 from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
 from nbkit.records import embedded
+from nbkit.records.embedded import embedded_models
 
-
-def embedded_models() -> list[str]:
-    """Names of the models that come with the project."""
-    return sorted(folder.parent.name for folder in (paths.DATA / "models").glob("*/config.json"))
+__all__ = ["embedded_models", "load"]
 
 
 def load(
@@ -33,6 +39,9 @@ def load(
 ) -> LanguageModel:
     """Load an embedded model, a local folder, or a Hugging Face id.
 
+    They are looked for in this order; a name that is none of them is refused without asking the hub, and an id is
+    asked for once (`embedded.locate_model`, with the nearest names in the message).
+
     device "auto": the first GPU, else the CPU. dtype "auto": bfloat16 for a bfloat16 checkpoint on a GPU, else
     float32 (a collapsed model overflows float16). Only safetensors are read, and a checkpoint that lacks
     weights or holds NaN is refused: random weights in the gaps would look like a collapse.
@@ -41,15 +50,15 @@ def load(
     "encoder" sees both ways (models/sides.py). Other models have a decoder only.
     """
     name = str(name)
-    place = _place(name)
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    place = embedded.locate_model(name)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(place, str):
+        source |= _asked_once(place, revision)
     try:
         config = AutoConfig.from_pretrained(place, **source)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no model {name!r}: neither embedded ({', '.join(embedded_models()) or 'none'}), nor a folder with a "
-            f"model of a known type, nor one that could be had from the Hugging Face hub. {error}"
-        ) from error
+        where = "the folder" if isinstance(place, Path) else "the Hugging Face hub or its local cache"
+        raise ModelError(f"no model of a known type for {name!r} in {where}: {error}") from error
     architecture = architecture_of(config, name, side)  # refuses a model before its weights are read
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = _dtype(dtype, config, device)
@@ -73,15 +82,34 @@ def load(
     return lm
 
 
-def _place(name: str) -> str | Path:
-    """What transformers is to load. ModelError for an embedded model that is not there, which no hub has."""
-    if name in embedded_models():
-        return paths.DATA / "models" / name
-    if name in embedded.MODELS and not Path(name).is_dir():
+def _asked_once(name: str, revision: str | None) -> dict[str, bool]:
+    """How transformers is to look for an id of the hub: {"local_files_only": True} where the hub is out of reach.
+
+    transformers itself asks six times for each file of a model. ModelError for an id that the hub does not have, and
+    for one that is neither in the local cache nor to be had.
+    """
+    cached = name in embedded.cached_models()
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except GatedRepoError:  # transformers says best what to do
+        return {}
+    except RepositoryNotFoundError as error:
+        if cached:
+            return {"local_files_only": True}
         raise ModelError(
-            f"the embedded model {name} is not in {paths.DATA / 'models'}; `make miniworld MODEL={name}` trains it"
-        )
-    return name
+            f"the Hugging Face hub has no model {name!r}, or it is private and no token is set"
+            f"{embedded.nearest_models(name)}"
+        ) from error
+    except HfHubHTTPError:  # it answered: what is amiss (a file, a revision) transformers says too
+        return {}
+    except (HTTPError, OfflineModeIsEnabled) as error:  # no connection
+        if not cached:
+            raise ModelError(
+                f"{name!r} is neither an embedded model nor a folder here, nor in the local cache of the Hugging Face "
+                f"hub, which is out of reach ({error}){embedded.nearest_models(name)}"
+            ) from error
+        return {"local_files_only": True}
+    return {}
 
 
 def _origin(path: Path) -> str | None:

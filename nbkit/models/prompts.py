@@ -29,7 +29,12 @@ def encode(
 
 
 def tokenize(lm: LanguageModel, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of each text, unpadded. PromptError, naming the text, for an empty one or one beyond the context."""
+    """Token ids of each text, unpadded.
+
+    PromptError, naming the text, for an empty one or one beyond the context, and for one text in place of a list.
+    """
+    if isinstance(texts, str):  # a sequence of its letters
+        raise PromptError(f"a list of texts is needed, not one text: write [{texts[:40]!r}{'...' * (len(texts) > 40)}]")
     rows = lm.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
     for text, row in zip(texts, rows, strict=True):
         check_length(lm, row, text)

@@ -8,13 +8,14 @@
         key_mode: str = bounded(choices=("mixed", "plain"))
 """
 
+import difflib
 import operator
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, get_origin
 
-from nbkit.errors import MethodError
+from nbkit.errors import MethodError, NbkitError
 
 BOUNDS = {
     "above": (operator.gt, "above {}"),
@@ -24,20 +25,29 @@ BOUNDS = {
 }
 
 
-def check_number(name: str, value: Any, whole: bool = False, **bounds: float) -> None:
-    """MethodError unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`; NaN is within none."""
+def check_number(
+    name: str, value: Any, whole: bool = False, error: type[NbkitError] = MethodError, **bounds: float
+) -> None:
+    """The error unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`; NaN is within none."""
     if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
         if all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
             return
     words = ["a whole number" if whole else "a number"]
     words += [" and ".join(BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())] if bounds else []
-    raise MethodError(f"{name} must be {' '.join(words)}, not {value!r}")
+    raise error(f"{name} must be {' '.join(words)}, not {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """MethodError unless `value` is one of the texts."""
     if value not in choices:
-        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
+
+
+def nearest(value: Any, choices: Sequence[str]) -> str:
+    """"; did you mean 'mixed'?" for a text that is nearly one of the choices, else nothing: the end of a message."""
+    known = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(value.lower(), known, n=1) if isinstance(value, str) else []
+    return f"; did you mean {known[found[0]]!r}?" if found else ""
 
 
 def bounded(default: Any = MISSING, choices: Sequence[str] | None = None, **bounds: float):

@@ -28,6 +28,7 @@ from pathlib import Path
 from nbkit import paths
 from nbkit.errors import RequestError
 from nbkit.records import embedded
+from nbkit.records.bounds import check_number, nearest
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
     """Read a file of requests, or an embedded one by its name (`"miniworld"`).
 
     `limit`: at most so many; with a `seed` a random sample in random order, else the first ones of the file.
-    Raises RequestError naming file and record for one that is malformed. A zsRE record whose question does not
-    hold the subject is skipped with a warning; a guess would edit at the wrong token.
+    Raises RequestError naming file and record for one that is malformed, and for a file without any. A zsRE record
+    whose question does not hold the subject is skipped with a warning; a guess would edit at the wrong token.
     """
+    _check_limit(limit)
     path = _locate(path_or_name, embedded.REQUESTS, "requests")
     requests = []
     for index, record in enumerate(_read_records(path)):
@@ -116,6 +118,8 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
             raise RequestError(f"{where}: the field {missing} is missing") from missing
         except (RequestError, TypeError, AttributeError) as error:
             raise RequestError(f"{where}: {error}") from error
+    if not requests:
+        raise RequestError(f"{path} holds no request that can be used")
     if seed is not None:
         requests = random.Random(seed).sample(requests, len(requests))
     return requests[:limit]
@@ -130,19 +134,31 @@ def read_texts(path_or_name: str | Path, limit: int | None = None) -> list[str]:
     would make second moments of keys that long texts hardly have.
 
     A file is a JSON list or JSON lines of records with a field `Text`, the schema of ME-PPL, or ends in .txt and holds
-    one text a line, blank lines aside. Raises RequestError naming file and record for one that holds no text.
+    one text a line, blank lines aside. Raises RequestError naming file and record for one that holds no text, and for a
+    file without any.
     """
+    _check_limit(limit)
     path = _locate(path_or_name, embedded.TEXTS, "texts")
     if path.suffix == ".txt":
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise RequestError(f"{path} holds no text")
         n = embedded.DOCUMENTS.get(path_or_name, 1)
         return ["\n".join(lines[start : start + n]) for start in range(0, len(lines), n)][:limit]
     records = _read_records(path)[:limit]
+    if not records:
+        raise RequestError(f"{path} holds no text")
     for index, record in enumerate(records):
         text = record.get("Text") if isinstance(record, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RequestError(f"{path.name}, record {index}: expected an object whose field Text holds a text")
     return [record["Text"] for record in records]
+
+
+def _check_limit(limit: int | None) -> None:
+    """A negative one would take all but the last, 0 nothing that could be edited or measured."""
+    if limit is not None:
+        check_number("limit", limit, whole=True, error=RequestError, least=1)
 
 
 class _SubjectMissing(RequestError):
@@ -152,7 +168,8 @@ class _SubjectMissing(RequestError):
 def _locate(path_or_name: str | Path, known: dict[str, str], what: str) -> Path:
     path = paths.DATA / known[path_or_name] if path_or_name in known else Path(path_or_name).expanduser()
     if not path.is_file():
-        raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(known)}")
+        meant = nearest(str(path_or_name), list(known))
+        raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(known)}{meant}")
     return path
 
 

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from nbkit.errors import RequestError
 from nbkit.methods.verbs import edit_sequence
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.requests import EditRequest
@@ -45,6 +46,10 @@ def sequential_edits(
     """
     if evaluate_every < 1:
         raise ValueError(f"evaluate_every must be 1 or more, not {evaluate_every}")
+    if not len(requests):
+        raise RequestError("there is no request to edit")
+    if not len(seeds):
+        raise ValueError("seeds is empty: give one for each order of the requests")
     requests, texts = list(requests), list(texts)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     data = {"texts": texts, "requests": requests}

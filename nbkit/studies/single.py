@@ -8,7 +8,7 @@ from functools import cache
 
 import pandas as pd
 
-from nbkit.errors import NbkitError
+from nbkit.errors import NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
@@ -41,6 +41,8 @@ def single_edits(
     optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
     (means over three) as efficacy_prefixed and so on, and the provenance.
     """
+    if not len(requests):
+        raise RequestError("there is no request to edit")
     texts = list(texts)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     asked_behind = setting.unseen_prefixes if metrics else None
