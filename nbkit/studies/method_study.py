@@ -17,6 +17,7 @@ from hashlib import sha256
 from typing import Any
 
 from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import unedited
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.table import METHODS
@@ -56,7 +57,8 @@ class MethodStudy:
         """The stored study of these data and parameters, and those of the method."""
         parameters = {**self.parameters, **parameters}
         hashes = {name: digest(value) for name, value in data.items()}
-        key = {"model": self.lm.hash, "dtype": str(self.lm.dtype), "code": code_version()}
+        # On top of other edits, templates and second moments are the unedited model's, so its weights count too.
+        key = {"model": self.lm.hash, "unedited": self.lm.base_hash, "dtype": str(self.lm.dtype), "code": code_version()}
         key |= {"data": hashes, "parameters": parameters}
         return self.store.study(name, key, provenance(self.lm, data_hash=hashes, parameters=parameters))
 
@@ -73,9 +75,13 @@ class MethodStudy:
 
     @cached_property
     def unseen_prefixes(self) -> list[str]:
-        """What prompts are asked behind: neither the method's own templates nor ROME's, so mostly the same for all."""
+        """What prompts are asked behind: neither the method's own templates nor ROME's, so mostly the same for all.
+
+        The unedited model's, as the templates are.
+        """
         seen = {*self.arguments["context_templates"], *as_templates(self.lm, self.given_templates)}
-        return prompts.unseen_templates(self.lm, seen)
+        with unedited(self.lm):
+            return prompts.unseen_templates(self.lm, seen)
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)
