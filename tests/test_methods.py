@@ -165,7 +165,7 @@ def test_a_continuation_says_where_each_token_of_its_target_is_asked(tiny, reque
 
 
 def test_templates_and_second_moments_are_the_unedited_models(lm, requests, texts, monkeypatch, tmp_path):
-    """On top of `lm.apply`, inside `with applied(...)` and in a sequence: nothing is taken, or kept, from edited ones."""
+    """On top of `lm.apply`, inside `with applied(...)` and in a sequence: nothing is taken, or stored, from others."""
     monkeypatch.setitem(embedded.MODELS, lm.name, "texts")
     joined = [f"{one} {other}" for one in texts for other in texts[:3]]  # enough for OPT's keys, of which many are 0
     monkeypatch.setattr("nbkit.keys.moments.read_texts", lambda name: joined)

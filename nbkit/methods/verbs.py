@@ -69,8 +69,8 @@ def edit(
     context_templates: the first must be "{}"; None samples the method's own from the unedited model with seed 0.
     second_moment: E[k kᵀ], one matrix or {layer: matrix}, or a SecondMoments, whose factors then serve many calls.
     None: ROME takes the identity; a method that cannot do without has it computed once, of the unedited model on its
-    default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the default.
-    progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
+    default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
+    default. progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
     """
     requests = _as_list(requests)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}

@@ -57,8 +57,8 @@ class MethodStudy:
         """The stored study of these data and parameters, and those of the method."""
         parameters = {**self.parameters, **parameters}
         hashes = {name: digest(value) for name, value in data.items()}
-        # On top of other edits, templates and second moments are the unedited model's, so its weights count too.
-        key = {"model": self.lm.hash, "unedited": self.lm.base_hash, "dtype": str(self.lm.dtype), "code": code_version()}
+        key = {"model": self.lm.hash, "dtype": str(self.lm.dtype), "code": code_version()}
+        key["unedited"] = self.lm.base_hash  # of which the templates are, whatever edits are in the weights
         key |= {"data": hashes, "parameters": parameters}
         return self.store.study(name, key, provenance(self.lm, data_hash=hashes, parameters=parameters))
 
