@@ -130,6 +130,27 @@ def test_float32_perplexities(kind, make_lm, texts):
     np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_reduced_precision_it_is_the_model_that_an_edit_leaves_in_the_weights(kind, make_lm, texts, many, dtype):
+    """W + ΔW rounded once. A ΔW that rounding takes away altogether changes nothing; others count as stored."""
+    lm = make_lm(kind, dtype=dtype)
+    weight = lm.oriented(lm.weight_name(1)).double()
+    apart = torch.finfo(dtype).eps * 2.0 ** weight.abs().log2().floor()  # from the next larger number
+    updates = torch.zeros_like(weight), 0.2 * apart, 0.4 * apart.mean().expand_as(apart)
+    edits = [Edit({lm.weight_name(1): Dense(update)}) for update in updates] + edits_of_all_kinds(lm)[2:6]
+    expected = one_by_one(lm, edits, lambda: perplexity(lm, texts))
+    before = lm.weight(1).clone()
+    found = perplexity(lm, texts, edits=edits)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)  # the same up to how the passes are cut
+    assert found[1] == found[0] != found[2]
+    assert lm.n_applied == 0 and torch.equal(before, lm.weight(1))
+    probability = edit_metrics(lm, many, edits=edits[3:6])["target_probability"]
+    for place, (request, edit) in enumerate(zip(many, edits[3:6], strict=True)):
+        with applied(lm, edit):
+            expected = edit_metrics(lm, [request])["target_probability"][0]
+        assert probability[place] == pytest.approx(expected, rel=1e-3)
+
+
 def test_edit_metrics_each_with_its_own_edit(lm, many):
     edits = edits_of_all_kinds(lm)[:3]
     reference = neighborhood_tokens(lm, many)

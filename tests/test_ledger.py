@@ -7,7 +7,7 @@ import torch
 
 import nbkit
 from nbkit.edits.edit import Edit
-from nbkit.edits.overlays import applied, restoring
+from nbkit.edits.overlays import applied, restoring, unedited
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError, PromptError
 from nbkit.records.requests import EditRequest
@@ -226,6 +226,27 @@ def test_hashes_follow_the_ledger(make_lm, kind, asked_before):
     assert lm.hash == clean == lm.base_hash
     lm.apply(edit)
     assert lm.hash == edited
+
+
+def test_the_unedited_model_below_all_edits(make_lm, kind):
+    lm = make_lm(kind)
+    clean, hash_of_clean = bits(lm), lm.hash
+    lm.apply(edit_of(lm, 0, 1))
+    with applied(lm, edit_of(lm, 1, 2, seed=1)):
+        edited, hash_of_edited = bits(lm), lm.hash
+        with pytest.raises(MemoryError), unedited(lm):
+            assert_same_bits(lm, clean)
+            assert lm.hash == lm.base_hash == hash_of_clean and lm.n_applied == 0
+            with applied(lm, edit_of(lm, 0, seed=2)):
+                assert lm.hash != hash_of_clean
+            for call in (lambda: lm.apply(edit_of(lm, 2)), lm.undo):
+                with pytest.raises(ModelError, match="inside"):
+                    call()
+            raise MemoryError
+        assert_same_bits(lm, edited)
+        assert lm.hash == hash_of_edited and lm.n_applied == 2
+    lm.undo()
+    assert_same_bits(lm, clean)
 
 
 def test_an_error_inside_a_method_leaves_the_ledger_open(tiny, contexts):

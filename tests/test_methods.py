@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
+from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError, ModelError, PromptError
+from nbkit.keys.moments import default_second_moments
 from nbkit.methods import hparams
 from nbkit.methods.hparams import hyper_parameters, published_layers
 from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
 from nbkit.methods.table import METHODS
-from nbkit.methods.verbs import edit, edit_batch, edit_sequence
+from nbkit.methods.verbs import as_templates, edit, edit_batch, edit_sequence
+from nbkit.models import prompts
 from nbkit.models.blocks import adds_value
 from nbkit.models.continuations import continuations, wished
 from nbkit.models.prompts import target_ids
+from nbkit.records import embedded
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import score_targets
 
@@ -211,6 +216,38 @@ def test_a_continuation_says_where_each_token_of_its_target_is_asked(tiny, reque
         continuations(tiny, [requests[0].text], [" "])
     with pytest.raises(PromptError, match=r"request 17 \(subject 'Ann'\).*more than the context"):
         wished(tiny, [EditRequest("{} is", "Ann", "Krela " * 100, case_id=17)])
+
+
+def test_templates_and_second_moments_are_the_unedited_models(lm, requests, texts, monkeypatch, tmp_path):
+    """On top of `lm.apply`, inside `with applied(...)` and in a sequence: nothing is taken, or stored, from others."""
+    monkeypatch.setitem(embedded.MODELS, lm.name, "texts")
+    joined = [f"{one} {other}" for one in texts for other in texts[:3]]  # enough for OPT's keys, of which many are 0
+    monkeypatch.setattr("nbkit.keys.moments.read_texts", lambda name: joined)
+    monkeypatch.setattr("nbkit.paths.RUNS", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(lm.d_model, lm.d_mlp, generator=generator).to(lm.dtype) for _ in range(2)]
+    below, above = (Edit({lm.weight_name(0): Dense(matrix)}) for matrix in noise)
+    options = {"second_moment_weight": 1.0, "layers": [1], "v_num_grad_steps": 1, "progress": False}
+    templates = as_templates(lm, None, "memit")
+    given = {"context_templates": templates, "second_moment": default_second_moments(lm, [1])}
+    files = set(tmp_path.rglob("*.safetensors"))
+    lm.apply(below)
+    assert prompts.context_templates(lm, lengths=METHODS["memit"].template_lengths) != templates
+    with applied(lm, above):
+        expected, found = (edit_batch(lm, requests, **arguments, **options) for arguments in (given, {}))
+    expected_step, found_step = (
+        [step.edit for step in edit_sequence(lm, requests[:1], "memit", **arguments, **options)]
+        for arguments in (given, {})
+    )
+    assert set(tmp_path.rglob("*.safetensors")) == files
+    for one, other in [(expected, found), (expected_step[0], found_step[0])]:
+        for name, delta in one.deltas.items():
+            assert torch.equal(delta.dense(), other.deltas[name].dense())
+    # Asked for by themselves they are those of the model as it is.
+    assert not torch.equal(default_second_moments(lm, [1])[1], given["second_moment"][1])
+    assert len(set(tmp_path.rglob("*.safetensors"))) == len(files) + 1, "under a name of its own"
+    lm.undo()
+    assert torch.equal(default_second_moments(lm, [1])[1], given["second_moment"][1])
 
 
 def test_whole_numbers_do_for_floats_and_lists_for_tuples(tiny):

@@ -59,9 +59,13 @@ class EditableModel:
     def base_hash(self) -> str:
         """The hash of the unedited model, whatever edits are in the weights."""
         if self._hash is None:
-            below = {name: weight for overlay in reversed(self.overlays) for name, weight in overlay.below.items()}
-            self._hash = _hash(self.model, below)
+            self._hash = _hash(self.model, self.unedited_weights)
         return self._hash
+
+    @property
+    def unedited_weights(self) -> dict[str, Tensor]:
+        """{name: weight without any edit} of the weights that edits have changed, as stored."""
+        return {name: weight for overlay in reversed(self.overlays) for name, weight in overlay.below.items()}
 
     def oriented(self, name: str) -> Float[Tensor, "d_out d_in"]:
         """A weight as updates see it; a view, transposed where the architecture stores it so."""

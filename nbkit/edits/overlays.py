@@ -3,10 +3,13 @@
     with applied(lm, edit):
         ...                              # lm.model is the edited model here
 
+    with unedited(lm):
+        ...                              # here it is the model without any edit, those of `lm.apply` too
+
 Edits that shall stay until they are taken back are the ledger's (`lm.apply`, `lm.undo`; edits/ledger.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -39,9 +42,7 @@ def restoring(lm: EditableModel) -> Iterator[Callable[[Edit], None]]:
     try:
         yield partial(lay_over, lm, overlay)
     finally:
-        with torch.no_grad():
-            for name, before in overlay.below.items():
-                lm.model.get_parameter(name).copy_(before)
+        _put(lm, overlay.below)
         lm.overlays.remove(overlay)
 
 
@@ -53,3 +54,27 @@ def lay_over(lm: EditableModel, overlay: Overlay, edit: Edit) -> None:
         if name not in overlay.below:
             overlay.below[name] = weights[name].detach().clone()
         lm.add_update(name, delta)
+
+
+@contextmanager
+def unedited(lm: EditableModel) -> Iterator[EditableModel]:
+    """The weights are without any edit inside the `with`, and `lm.hash` says so; on leaving, each bit is back.
+
+    What belongs to the unedited model (context templates, second moments) is made in here, whatever is applied. The
+    ledger is closed meanwhile. Holds one more copy of each weight that edits have changed.
+    """
+    before = lm.overlays
+    edited = {name: lm.model.get_parameter(name).detach().clone() for name in lm.unedited_weights}
+    try:
+        _put(lm, lm.unedited_weights)
+        lm.overlays = [*(type(overlay)() for overlay in before), Overlay()]
+        yield lm
+    finally:
+        lm.overlays = before
+        _put(lm, edited)
+
+
+@torch.no_grad()
+def _put(lm: EditableModel, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        lm.model.get_parameter(name).copy_(weight)

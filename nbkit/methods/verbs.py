@@ -6,6 +6,10 @@
         ...                                                             # in sequence: lm carries all edits so far
 
 `edit` and `edit_batch` leave the model unchanged, `edit_sequence` gives the weights back as they were.
+
+All edit the model as it is, with what `lm.apply` or an open `with applied(...)` put into it. But context templates and
+second moments that are not given are those of the unedited model, in a sequence and on top of any edit: they stand for
+ordinary text, which an edited model may no longer write or read as such.
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
-from nbkit.edits.overlays import restoring
+from nbkit.edits.overlays import restoring, unedited
 from nbkit.errors import MethodError, RequestError
 from nbkit.keys.moments import SecondMoments, default_second_moments
 from nbkit.methods.hparams import hyper_parameters
@@ -62,11 +66,11 @@ def edit(
     Many are computed side by side where the method can, and do not see each other: batch_size at once, or as many as
     memory takes.
 
-    context_templates: the first must be "{}"; None samples the method's own from the model with seed 0.
+    context_templates: the first must be "{}"; None samples the method's own from the unedited model with seed 0.
     second_moment: E[k kᵀ], one matrix or {layer: matrix}, or a SecondMoments, whose factors then serve many calls.
-    None: ROME takes the identity; a method that cannot do without has it computed from the model's default text once,
-    and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the default.
-    progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
+    None: ROME takes the identity; a method that cannot do without has it computed once, of the unedited model on its
+    default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
+    default. progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
     """
     requests = _as_list(requests)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
@@ -111,8 +115,7 @@ def edit_sequence(
     last step has those that are left.
 
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
-    restored bit for bit (if the iterator was kept under a name: once it is closed). Context templates and second
-    moment are those of the unedited model throughout.
+    restored bit for bit (if the iterator was kept under a name: once it is closed).
     """
     requests = _as_list(requests)
     check_number("per_step", per_step, whole=True, least=1)
@@ -162,16 +165,18 @@ def _together(method: str):
 
 
 def as_templates(lm: LanguageModel, templates: Sequence[str] | None, method: str = "rome") -> list[str]:
-    """The templates given, or else those of the method, sampled with seed 0."""
+    """The templates given, or else those of the method, sampled from the unedited model with seed 0."""
     if templates is None:
-        return prompts.context_templates(lm, seed=0, lengths=method_named(method).template_lengths)
+        with unedited(lm):
+            return prompts.context_templates(lm, seed=0, lengths=method_named(method).template_lengths)
     return prompts.check_templates(templates)
 
 
 def needed_moments(lm: LanguageModel, method: str, parameters: Any, given: SecondMomentLike) -> SecondMomentLike:
-    """What is given; if that is None and the method cannot do without, those of the model's default text."""
+    """What is given; if that is None and the method cannot do without, the unedited model's on its default text."""
     if given is None and method_named(method).needs_second_moment:
-        return default_second_moments(lm, parameters.layers)
+        with unedited(lm):  # its files are named by the model's hash, which is then the unedited one's too
+            return default_second_moments(lm, parameters.layers)
     return given
 
 

@@ -1,7 +1,12 @@
 """Many edited models reading the same texts: one pass up to the first edited layer, then one row for each of them.
 
-A row's update is added where the edited weight is used, y = W x + left (right · x), with each row's own left and right;
-updates without low rank take a batched matrix product there. Nothing in the model is changed.
+The edited model is the one that `applied` makes and `lm.save` writes: its weight is W + ΔW, rounded to W's dtype.
+
+In float32 and float64 a row's update is added where the edited weight is used, y = W x + left (right · x), with each
+row's own left and right, and updates without low rank take a batched matrix product there: the same to that dtype's
+rounding, and nothing in the model is changed. In bfloat16 and float16 it is not the same, because a good part of a
+small ΔW is lost or doubled when the sum is rounded. There the edits lie in the weights in turn (`InWeights`), with the
+layers below still shared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,6 +123,25 @@ class Changes:
         return 2 * lm.dtype.itemsize * sum(largest.values())
 
 
+class InWeights:
+    """One edit in place of `Changes`, put into the weights while it is read: its sums are rounded as a user's are."""
+
+    def __init__(self, lm: LanguageModel, edit: Edit):
+        self.n_edits, self.edit = 1, edit
+        self.factors = dict.fromkeys(name.removesuffix(".weight") for name in edit.deltas)
+
+    @contextmanager
+    def added(self, lm: LanguageModel, _modules: Iterable[str]) -> Iterator[None]:
+        """As `Changes.added`, of all modules that the edit changes."""
+        with applied(lm, self.edit):
+            yield
+
+
+def rounds(lm: LanguageModel) -> bool:
+    """Whether W + ΔW in the model's dtype is another model than W and ΔW side by side."""
+    return torch.finfo(lm.dtype).bits < 32
+
+
 class SharedPass:
     """Rows of tokens read by the unedited model up to `layer`; edited models whose first change is there go on."""
 
@@ -127,17 +151,18 @@ class SharedPass:
         self.block = self.part.watched(layer, self.part.through(range(layer)))
 
     def logits(
-        self, changes: Changes, grid: Int[Tensor, "edit row"], kept: Sequence[Sequence[int]]
+        self, changes: Changes | InWeights, grid: Int[Tensor, "edit row"], kept: Sequence[Sequence[int]]
     ) -> Float[Tensor, "kept vocabulary"]:
         """Logits of edit e on row grid[e, r], edit by edit, row by row; kept: of each, the positions wanted."""
         lm, rows, above = self.lm, grid.flatten(), range(self.layer + 1, self.lm.n_layers)
         projection = lm.architecture.projection_path(self.layer)
-        inside = any(layer_of(lm, name + ".") == self.layer for name in changes.factors if name != projection)
+        here = [name for name in changes.factors if layer_of(lm, name + ".") == self.layer]
+        run = bool(here) and (here != [projection] or isinstance(changes, InWeights))
         part = self.part.of(rows)
         places, real = filled(kept)
         wanted = Wanted(part, places.to(lm.device))
-        with changes.added(lm, [name for name in changes.factors if inside or name != projection]):
-            if inside:  # something else in this block changes as well, so it is run
+        with changes.added(lm, [name for name in changes.factors if run or name != projection]):
+            if run:  # what the projection says is not all that changes here, or the change is in its weight
                 hidden = part.block(self.layer, self.block.into_block[rows])
             elif projection in changes.factors:
                 hidden = self._with_updates(changes, projection, rows)
@@ -177,7 +202,9 @@ def edited_logits(
     rows_of: Sequence[Sequence[int]],
     batch_size: int | None = None,
 ) -> Iterator[tuple[list[tuple[int, int]], Float[Tensor, "wanted vocabulary"]]]:
-    """Logits of each edited model on its rows, a batch at a time; the model is not changed.
+    """Logits of each edited model on its rows, a batch at a time; the model is not changed afterwards.
+
+    Each is the model with W + ΔW rounded to its dtype, which in bfloat16 and float16 takes one edit at a time.
 
     rows_of: for each edit, the numbers of its rows. batch_size: rows at once, else as many as memory takes. Yields
     which (edit, row) the logits are of, and the logits at all their wanted tokens, one after the other. Edits of
@@ -245,8 +272,10 @@ def _together(
         wanted = []
         for edit in chosen:  # with fewer rows than others it reads others' again, of which nothing is wanted
             wanted += [asked.wanted[row] for row in band[edit]] + [()] * (most - len(band[edit]))
-        changes = Changes(lm, [edits[edit] for edit in chosen])
-        return pairs, shared(tuple(place)).logits(changes, grid.to(lm.device), wanted)
+        rows = shared(tuple(place))  # read before an edit is in the weights
+        changes = InWeights(lm, edits[chosen[0]]) if alone else Changes(lm, [edits[edit] for edit in chosen])
+        return pairs, rows.logits(changes, grid.to(lm.device), wanted)
 
-    size = batch_size // most if batch_size else budget(lm.device) // one
+    alone = rounds(lm)
+    size = 1 if alone else batch_size // most if batch_size else budget(lm.device) // one
     yield from in_batches(list(band), size, compute)

@@ -17,6 +17,7 @@ from hashlib import sha256
 from typing import Any
 
 from nbkit.edits.edit import Edit
+from nbkit.edits.overlays import unedited
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.table import METHODS
@@ -57,6 +58,7 @@ class MethodStudy:
         parameters = {**self.parameters, **parameters}
         hashes = {name: digest(value) for name, value in data.items()}
         key = {"model": self.lm.hash, "dtype": str(self.lm.dtype), "code": code_version()}
+        key["unedited"] = self.lm.base_hash  # of which the templates are, whatever edits are in the weights
         key |= {"data": hashes, "parameters": parameters}
         return self.store.study(name, key, provenance(self.lm, data_hash=hashes, parameters=parameters))
 
@@ -73,9 +75,13 @@ class MethodStudy:
 
     @cached_property
     def unseen_prefixes(self) -> list[str]:
-        """What prompts are asked behind: neither the method's own templates nor ROME's, so mostly the same for all."""
+        """What prompts are asked behind: neither the method's own templates nor ROME's, so mostly the same for all.
+
+        The unedited model's, as the templates are.
+        """
         seen = {*self.arguments["context_templates"], *as_templates(self.lm, self.given_templates)}
-        return prompts.unseen_templates(self.lm, seen)
+        with unedited(self.lm):
+            return prompts.unseen_templates(self.lm, seen)
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)

@@ -5,6 +5,10 @@
     reference = neighborhood_tokens(lm, requests)            # on the unedited model
     with applied(lm, edit): edit_metrics(lm, [request], reference)
     edit_metrics(lm, requests, reference, edits=edits)       # the same for many, each with its own edit
+
+An edited model is the one that `applied` makes and `lm.save` writes: its weights are W + ΔW, rounded to the model's
+dtype. With `edits=` that is so in every dtype: in float32 and float64 many are read side by side with W and ΔW apart,
+which is the same to rounding; in bfloat16 and float16, where it is not, one edit after the other lies in the weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +45,9 @@ def perplexity(
     progress: bool = False,
 ) -> float | np.ndarray:
     """Perplexity of `texts`; with `edits`, one value per edited model (they do not add up), the model unchanged.
+
+    Edited models have W + ΔW rounded to the model's dtype for weights, as with `applied`; many at once in float32 and
+    float64, one after the other in bfloat16 and float16.
 
     "sentence_mean" is the papers' (A and B): exp of each text's mean negative log-likelihood, then the arithmetic mean
     over texts, so one long-winded failure weighs as much as a whole text. "token" is exp of the mean over all tokens.
@@ -200,7 +207,8 @@ def edit_metrics(
 ) -> pd.DataFrame:
     """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
 
-    With `edits`, one a request, each request is asked of the model with its own edit instead, many in one pass.
+    With `edits`, one a request, each request is asked of the model with its own edit instead: weights W + ΔW rounded to
+    the model's dtype, as with `applied`. Many in one pass in float32 and float64, one by one in bfloat16 and float16.
 
     CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true
     one, by mean negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer
