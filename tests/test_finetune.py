@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from math import exp
 
 import numpy as np
@@ -14,11 +15,14 @@ from nbkit.keys.moments import SecondMoments
 from nbkit.methods import finetune
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.method import MethodSettings
+from nbkit.methods.verbs import edit
+from nbkit.models.loading import load
 from nbkit.records.requests import EditRequest
 
 FEW = FinetuneParameters(
-    layers=(0, 2), objective="target", n_steps=4, lr=5e-3, weight_decay=0.01, norm_constraint=0.012, early_stop_loss=0.0
-)
+    layers=(0, 2), objective="target", n_steps=4, lr=5e-3, weight_decay=0.01, norm_constraint=0.012,
+    early_stop_loss=0.0, bias=True,
+)  # fmt: skip
 OBJECTIVES = pytest.mark.parametrize("objective", ["prompt_last", "target"])
 
 
@@ -41,7 +45,7 @@ def nll(lm, model, request, objective) -> torch.Tensor:
 def reference(lm, requests, parameters: FinetuneParameters) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Adam and the clamp on the weights themselves, of a copy of the model: {weight name: ΔW}, losses."""
     model = copy.deepcopy(lm.model)
-    weights = {lm.weight_name(layer): model.get_parameter(lm.weight_name(layer)) for layer in parameters.layers}
+    weights = {name: model.get_parameter(name) for name in trained(lm, parameters)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     adam = torch.optim.Adam(
         [weight.requires_grad_() for weight in weights.values()], lr=parameters.lr, weight_decay=parameters.weight_decay
@@ -61,7 +65,20 @@ def reference(lm, requests, parameters: FinetuneParameters) -> tuple[dict[str, t
                     low, high = before[name] - parameters.norm_constraint, before[name] + parameters.norm_constraint
                     weight.copy_(weight.clamp(low, high))
     deltas = {name: (weight - before[name]).detach() for name, weight in weights.items()}
-    return {name: delta.T if lm.architecture.transposed else delta for name, delta in deltas.items()}, losses
+    return {name: oriented(lm, delta) for name, delta in deltas.items()}, losses
+
+
+def trained(lm, parameters: FinetuneParameters) -> list[str]:
+    names = [lm.weight_name(layer) for layer in parameters.layers]
+    biases = [name.removesuffix("weight") + "bias" for name in names]
+    return names + [name for name in biases if parameters.bias and name in dict(lm.model.named_parameters())]
+
+
+def oriented(lm, delta: torch.Tensor) -> torch.Tensor:
+    """As updates are: (d_out, d_in), a bias as one column."""
+    if delta.dim() == 1:
+        return delta[:, None]
+    return delta.T if lm.architecture.transposed else delta
 
 
 def assert_same(found, deltas, losses, tolerance):
@@ -100,6 +117,33 @@ def test_together_equals_adam_on_the_weights(lm, requests, tolerance, objective,
     assert found.requests == tuple(requests)
 
 
+def test_the_bias_is_trained_where_there_is_one_unless_it_shall_not_be(lm, requests, tolerance, bits):
+    has_bias = getattr(lm.projection(0), "bias", None) is not None
+    assert has_bias or lm.architecture.adds_bos or "gemma" in lm.name or "qwen" in lm.name
+    for bias, n in ((True, 4 if has_bias else 2), (False, 2)):
+        (found,) = finetune_each(lm, requests[2:], settings(lm, bias=bias))
+        assert_same(found, *reference(lm, requests[2:], dataclasses.replace(FEW, bias=bias)), tolerance)
+        assert len(found.deltas) == n
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "norm_constraint"), [("bound", 0, 5e-3), ("free", 3, 0.0)], ids=["bound", "free"]
+)
+def test_it_equals_the_published_implementation(shared, name, layer, norm_constraint):
+    folder = shared / "oracles"
+    lm = load(folder / "model", device="cpu", dtype="float64")
+    requests = [EditRequest(**record) for record in json.loads((folder / "requests.json").read_text())[:5]]
+    made = edit(lm, requests, "ft", progress=False, layers=[layer], norm_constraint=norm_constraint)
+    weight = lm.weight_name(layer)
+    with np.load(folder / "ft.npz") as expected:
+        for i, found in enumerate(made):
+            theirs = {part: torch.from_numpy(expected[f"{name}_{i}_{part}"]) for part in ("weight", "bias")}
+            np.testing.assert_allclose([loss for (loss,) in found.info["losses"]], expected[f"{name}_{i}_losses"], 1e-9)
+            for part, expected_delta in theirs.items():
+                delta = found.deltas[weight.removesuffix("weight") + part].matrix
+                assert (delta - oriented(lm, expected_delta)).norm() < 1e-8 * expected_delta.norm(), (i, part)
+
+
 def test_the_target_becomes_likelier(lm, requests, bits):
     """Measured by plain passes over the edited model, from what info says on."""
     hparams = {"layers": (1,), "n_steps": 10, "norm_constraint": 0.02, "weight_decay": 0.0}
@@ -120,7 +164,7 @@ def test_the_target_becomes_likelier(lm, requests, bits):
 def test_the_constraint_holds_and_nothing_else_changes(tiny, requests, layers):
     options = settings(tiny, layers=layers, lr=0.1, n_steps=3)
     for edit in [*finetune_each(tiny, requests, options), finetune_together(tiny, requests, options)]:
-        assert set(edit.deltas) == {tiny.weight_name(layer) for layer in layers}
+        assert set(edit.deltas) == set(trained(tiny, options.parameters)) and len(edit.deltas) == 2 * len(layers)
         largest = max(float(delta.matrix.abs().max()) for delta in edit.deltas.values())
         assert largest == FEW.norm_constraint
         before = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}

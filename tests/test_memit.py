@@ -113,6 +113,25 @@ def test_emmet_without_ridge_fulfils_every_request_and_says_when_it_cannot(tiny,
         edit_batch(tiny, [requests[0], requests[0]], "emmet", contexts, moments, **options)
 
 
+def test_emmet_has_its_ridge_for_several_requests_only(tiny, requests, contexts):
+    """As released: one request's constraint holds exactly, whatever ridge and the weight of C are; not so a batch's."""
+    moments, options = {1: made_up(tiny.d_mlp, 0)}, {**SHORT, "layers": [1]}
+
+    def update(some, **changes):
+        return edit_batch(tiny, some, "emmet", contexts, moments, **options, **changes).deltas[tiny.weight_name(1)]
+
+    def expected(K, R, layer):
+        return R @ torch.linalg.inv(K.T @ torch.linalg.inv(moments[1]) @ K) @ K.T @ torch.linalg.inv(moments[1])
+
+    plain = plain_memit.memit(tiny, requests[:1], [1], contexts, expected, **SEARCH)[1]
+    for changes in ({}, {"ridge": 30.0}, {"second_moment_weight": 1.0}):
+        assert relative_error(update(requests[:1], **changes).dense(), plain) < 1e-8
+    assert relative_error(update(requests, ridge=30.0).dense(), update(requests).dense()) > 0.1
+    assert relative_error(update(requests[:1], ridge_of_one=True).dense(), plain) > 0.01
+    (alone,) = edit(tiny, requests[:1], "memit", contexts, moments, **options, second_moment_weight=1000.0)
+    assert relative_error(alone.deltas[tiny.weight_name(1)].dense(), plain) > 0.1, "MEMIT's belongs to its formula"
+
+
 def test_alphaedit_leaves_the_large_directions_of_the_second_moment_alone(lm, requests, contexts, moments):
     found = edit_batch(lm, requests, "alphaedit", contexts, moments, **SHORT, **OPTIONS["alphaedit"])
     for layer in LAYERS:

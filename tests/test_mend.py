@@ -10,20 +10,22 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nbkit import paths
 from nbkit.__main__ import main
+from nbkit.edits.checkpoints import Checkpoint
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError, NbkitError, PromptError, RequestError
 from nbkit.methods.mend import MendParameters, mend_each, mend_together, training
 from nbkit.methods.mend.examples import Examples, not_among
 from nbkit.methods.mend.gradients import token_gradients
-from nbkit.methods.mend.hypernetwork import Hypernetwork, mlp_weights
+from nbkit.methods.mend.hypernetwork import Hypernetwork, Transform, mlp_weights
 from nbkit.methods.mend.recipe import RECIPES, MendRecipe, recipe_of
 from nbkit.methods.mend.training import changes_of, losses_of, normalise, train, train_to_file
-from nbkit.methods.mend.weights_file import load_hypernetwork, save_hypernetwork, weights_path
+from nbkit.methods.mend.weights_file import FORMAT, UNCLAMPED, load_hypernetwork, save_hypernetwork, weights_path
 from nbkit.methods.method import MethodSettings
 from nbkit.models.continuations import continuations
 from nbkit.models.language_model import LanguageModel
@@ -155,12 +157,39 @@ def test_a_random_network_equals_a_slow_loop(lm, requests, tolerance, tmp_path):
             if not delta.any():
                 continue
             z = (torch.cat([u, delta]) - transform.mean) / transform.std
-            for n, last in ((0, False), (1, True)):
+            for n in (0, 1):
                 low_rank = transform.U[n].T @ (transform.V[n].T @ z) + transform.b[n]
-                step = transform.s[n, place] * low_rank + transform.o[n, place]
-                z = z + (step if last else torch.relu(step))
+                z = z + torch.relu(transform.s[n, place] * low_rank + transform.o[n, place])
             expected -= float(rate) * torch.outer(z[len(u) :], z[: len(u)])
         assert_close(found.deltas[name].dense(), expected, 10 * tolerance)
+
+
+def test_the_transform_equals_the_published_implementation(shared):
+    with np.load(shared / "oracles" / "mend_transform.npz") as file:
+        stored = {name: torch.from_numpy(file[name]).double() for name in file.files}
+    transform = Transform(48, 16, n_weights=3, rank=24, n_hidden=1).double()
+    of_layers = {name: [stored[f"layer{n}_{name}"] for n in (0, 1)] for name in ("u", "v", "bias", "scale", "shift")}
+    state = {
+        "mean": torch.cat([stored["x_mean"], stored["delta_mean"]]),
+        "std": torch.cat([stored["x_std"], stored["delta_std"]]),
+        "U": torch.stack(of_layers["u"]).mT,
+        "V": torch.stack(of_layers["v"]).mT,
+        **{mine: torch.stack(of_layers[theirs]) for mine, theirs in (("b", "bias"), ("s", "scale"), ("o", "shift"))},
+    }
+    transform.load_state_dict(state)
+    gives = (stored["x"] != 0).any(-1) & (stored["delta"] != 0).any(-1)
+    assert int(gives.sum()) == 8
+    for place in range(3):
+        u, delta = transform(stored["x"][gives], stored["delta"][gives], place)
+        assert_close(u, stored[f"x_new_{place}"], 1e-5)
+        assert_close(delta, stored[f"delta_new_{place}"], 1e-5)
+        assert_close(u.T @ delta, stored[f"outer_sum_{place}"], 1e-5)
+
+
+def test_a_new_network_is_the_normalisation_with_directions_of_standard_deviation_one():
+    new = Transform(60, 40, n_weights=2, rank=50, n_hidden=1, generator=torch.Generator().manual_seed(0))
+    assert new.V.std().item() == pytest.approx(1, rel=0.05) and new.V.mean().item() == pytest.approx(0, abs=0.05)
+    assert not any(getattr(new, name).any() for name in ("U", "b", "o")) and bool((new.s == 1).all())
 
 
 def test_only_tokens_with_a_gradient_give_to_an_edit(tiny, requests, tmp_path):
@@ -290,6 +319,16 @@ def test_a_damaged_file_is_named(tiny, requests, tmp_path, content):
         mend_each(tiny, requests, given)
 
 
+def test_a_network_that_was_trained_with_another_formula_is_refused(tiny, requests, tmp_path):
+    given = written(tiny, tmp_path)
+    with safe_open(given.parameters.weights, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    assert json.loads(about["format"]) == FORMAT
+    save_file(tensors, given.parameters.weights, about | {"format": json.dumps(UNCLAMPED)})
+    with pytest.raises(MethodError, match="last step was not bounded below by zero.* train-mend --model tiny-gpt2"):
+        mend_each(tiny, requests, given)
+
+
 def test_a_file_that_is_replaced_is_read_anew(tiny, requests, tmp_path):
     given = written(tiny, tmp_path)
     (first,) = mend_each(tiny, requests[:1], given)
@@ -320,6 +359,62 @@ def test_the_edited_pass_of_training_equals_the_edited_model(lm, requests, texts
             expected = lm.logits(batch := pad(lm, rows))
         mask = batch.attention_mask.bool()
         assert_close(logits[mask], expected[mask], 100 * tolerance)
+
+
+def test_the_losses_are_those_of_plain_passes_of_edited_models(tiny, many, texts, tmp_path):
+    """The target's nll on what is asked, and KL(p_unedited ‖ p_edited) of what should not change."""
+    given = written(tiny, tmp_path, seed=1)
+    network = load_hypernetwork(tiny, given.parameters.weights)
+    examples = Examples(tiny, many, texts, 8).draw(4, np.random.default_rng(0))
+    edited = continuations(tiny, [r.text for r in many], [r.target_new for r in many])
+    of_row = {tuple(one.row): request for one, request in zip(edited, many, strict=True)}
+    nlls, divergences, backwards = [], [], []
+    for example in examples:
+        (made,) = mend_each(tiny, [of_row[tuple(example.edited.row)]], given)
+        for row, kept in example.unchanged:
+            p = tiny.model(torch.tensor([row])).logits[0, list(kept)].log_softmax(-1)
+            with applied(tiny, made):
+                q = tiny.model(torch.tensor([row])).logits[0, list(kept)].log_softmax(-1)
+            divergences.append((p.exp() * (p - q)).sum(-1).mean())
+            backwards.append((q.exp() * (q - p)).sum(-1).mean())
+        with applied(tiny, made):
+            log_p = tiny.model(torch.tensor([example.asked.row])).logits[0].log_softmax(-1)
+        nlls.append(-log_p[list(example.asked.predicting), example.asked.target].mean())
+    nll, kl = losses_of(tiny, network, examples).tolist()
+    assert nll == pytest.approx(float(sum(nlls)) / len(nlls))
+    assert kl == pytest.approx(float(sum(divergences)) / len(divergences))
+    assert kl != pytest.approx(float(sum(backwards)) / len(backwards), rel=0.01)
+
+
+def test_a_step_follows_the_two_losses_by_their_weights(tiny, many, texts, tmp_path):
+    recipe = replace(SHORT, edit_weight=0.3, locality_weight=500.0, grad_clip=1e9)
+    state = training.MendTraining(tiny, recipe, Checkpoint(tmp_path / "checkpoint.safetensors", {}))
+    with torch.no_grad():
+        state.hypernetwork.log_rate += 3  # so that edits change what they should not
+    examples = Examples(tiny, many, texts, 8).draw(2, np.random.default_rng(0))
+    nll, kl = losses_of(tiny, state.hypernetwork, examples)
+    rates = state.hypernetwork.log_rate
+    of_nll, of_kl = (torch.autograd.grad(loss, rates, retain_graph=True)[0] for loss in (nll, kl))
+    expected = 0.3 * of_nll + 500 * of_kl
+    assert all(part.norm() > 0.05 * expected.norm() for part in (0.3 * of_nll, 500 * of_kl))
+    state.optimizer.zero_grad = lambda: None
+    state.make_step(examples)
+    torch.testing.assert_close(state.hypernetwork.log_rate.grad, expected)
+    state.validate(examples)
+    record = state.log[-1]
+    weighted = 0.3 * record["validation_nll"] + 500 * record["validation_kl"]
+    assert record["validation_loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+def test_the_edited_model_is_asked_on_paraphrases_too_and_edited_on_the_prompt(tiny, many):
+    request = replace(many[0], paraphrase_prompts=("At home Vouda plays the", "Vouda knows the"))
+    drawn = [Examples(tiny, [request], [], 8).draw(1, np.random.default_rng(seed))[0] for seed in range(30)]
+
+    def prompts(asked):
+        return {tiny.tokenizer.decode(one.row[: one.predicting[0] + 1]) for one in asked}
+
+    assert prompts(example.edited for example in drawn) == {request.text}
+    assert prompts(example.asked for example in drawn) == {request.text, *request.paraphrase_prompts}
 
 
 def test_gradients_reach_every_part_of_the_network(tiny, many, texts):
@@ -390,11 +485,14 @@ def test_fewer_at_once_give_the_same(tiny, many, texts, tmp_path):
         torch.testing.assert_close(other.state_dict()[name], expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(tiny, make_lm, many, texts, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused(tiny, make_lm, many, texts, tmp_path, monkeypatch):
     def again(lm=tiny, recipe=SHORT, texts=texts):
         return train(lm, many, texts, recipe, tmp_path, progress=False)
 
     again()
+    with monkeypatch.context() as patched, pytest.raises(NbkitError, match=r"\(other formula\)"):
+        patched.setattr(training, "FORMAT", UNCLAMPED)
+        again()
     with pytest.raises(NbkitError, match=r"checkpoint\.safetensors is of another training \(other rank, seed\)"):
         again(recipe=replace(SHORT, rank=3, seed=1))
     with pytest.raises(NbkitError, match=r"\(other model\)"):
@@ -434,10 +532,12 @@ def test_neighbours_of_a_request_are_what_should_not_change(tiny, requests):
 
 def test_the_shipped_recipes():
     published, files = recipe_of("gpt2-xl", changes={"data": "facts.json"})
-    assert (published.rank, published.n_steps, published.learning_rate) == (1920, 100_000, 1e-6)
+    assert (published.rank, published.n_steps, published.learning_rate) == (1920, 10_000, 1e-6)
+    assert (published.batch, published.edit_weight, published.locality_weight) == (10, 0.1, 1.0)
+    assert (published.n_last_layers, published.n_hidden, published.grad_clip, published.first_rate) == (3, 1, 100, 1e-4)
     assert (files.data, files.texts, files.held_out) == ("facts.json", "", "")
     embedded, files = recipe_of("miniworld-gpt2")
-    assert (embedded.rank, embedded.n_steps, embedded.learning_rate) == (128, 3_000, 1e-3)
+    assert (embedded.rank, embedded.n_steps, embedded.learning_rate) == (128, 3_000, 1e-4)
     assert (files.data, files.texts, files.held_out) == ("miniworld-facts", "miniworld-training-lines", "miniworld")
     names = {field.name for field in fields(MendRecipe)} | {field.name for field in fields(files)}
     assert set(tomllib.loads(RECIPES.read_text())["published"]) == names

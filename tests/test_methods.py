@@ -1,6 +1,7 @@
 """What holds of every method: the verbs, the table of hyper-parameters, and what an edit does to a model."""
 
 import dataclasses
+import json
 import tomllib
 from types import SimpleNamespace
 
@@ -64,6 +65,55 @@ def test_every_table_says_where_its_numbers_are_from_and_names_hyper_parameters_
             assert part["source"].strip(), method
             names = {name for name, value in part.items() if not isinstance(value, dict)}
             assert names - {"source"} <= known, method
+
+
+XL, GPT_J, LLAMA, MISTRAL = "gpt2-xl", "EleutherAI/gpt-j-6B", "meta-llama/Llama-2-7b-hf", "Mistral-7B-v0.1"
+VALUES = {"v_lr": 0.5, "kl_factor": 0.0625, "early_stop_loss": 0.05, "v_weight_decay": 0.5, "clamp_norm_factor": 0.75}
+LLAMA_VALUES = {**VALUES, "v_weight_decay": 1e-3, "clamp_norm_factor": 4.0, "v_num_grad_steps": 25}
+MEMIT = {"norm_weight": 0.0, "ridge": 1.0, "ridge_of_one": True, "nullspace_threshold": 0.0, "key_cache": False}
+EMMET = {**MEMIT, "ridge": 0.1, "ridge_of_one": False}
+ALPHAEDIT = {**MEMIT, **VALUES, "second_moment_weight": 0.0, "norm_weight": 10.0, "nullspace_threshold": 0.02,
+             "key_cache": True}  # fmt: skip
+FT = {"objective": "prompt_last", "n_steps": 25, "lr": 5e-4, "weight_decay": 0.0, "early_stop_loss": 1e-2, "bias": True}
+KN = {"adaptive_threshold": 0.2, "refine": False, "n_prompts": 10, "p": 0.4, "n_steps": 20, "factor": 2.0}
+PUBLISHED = [
+    ("ft", XL, {**FT, "layers": (0,), "norm_constraint": 5e-4}),
+    ("ft", GPT_J, {**FT, "layers": (21,), "norm_constraint": 5e-5}),
+    ("ft", LLAMA, {**FT, "layers": (21,), "norm_constraint": 0.0}),
+    ("ft", MISTRAL, {**FT, "layers": (21,), "norm_constraint": 5e-5}),
+    ("kn", XL, KN),
+    ("kn", GPT_J, {**KN, "adaptive_threshold": 0.1}),
+    ("kn", LLAMA, {**KN, "n_steps": 1}),
+    ("kn", MISTRAL, {**KN, "n_steps": 1}),
+    ("memit", XL, {**MEMIT, **VALUES, "layers": (13, 14, 15, 16, 17), "v_num_grad_steps": 20,
+                   "second_moment_weight": 20000.0}),
+    ("memit", GPT_J, {**MEMIT, **VALUES, "layers": (3, 4, 5, 6, 7, 8), "v_num_grad_steps": 25,
+                      "second_moment_weight": 15000.0}),
+    ("memit", LLAMA, {**MEMIT, **LLAMA_VALUES, "layers": (4, 5, 6, 7, 8), "second_moment_weight": 15000.0}),
+    ("memit", MISTRAL, {**MEMIT, **LLAMA_VALUES, "layers": (4, 5, 6, 7, 8), "second_moment_weight": 15000.0}),
+    ("emmet", XL, {**EMMET, **VALUES, "layers": (17,), "v_num_grad_steps": 20, "second_moment_weight": 1000.0}),
+    ("emmet", GPT_J, {**EMMET, **VALUES, "layers": (5,), "v_num_grad_steps": 20, "second_moment_weight": 1.0}),
+    ("emmet", LLAMA, {**EMMET, **LLAMA_VALUES, "layers": (5,), "second_moment_weight": 1.0}),
+    ("alphaedit", XL, {**ALPHAEDIT, "layers": (13, 14, 15, 16, 17), "v_num_grad_steps": 20}),
+    ("alphaedit", GPT_J, {**ALPHAEDIT, "layers": (3, 4, 5, 6, 7, 8), "v_num_grad_steps": 25}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "model", "expected"), PUBLISHED)
+def test_published_models_have_the_published_hyper_parameters(tiny, monkeypatch, method, model, expected):
+    monkeypatch.setattr(tiny, "name", model)
+    monkeypatch.setattr(tiny, "check_layer", lambda layer: layer)
+    assert dataclasses.asdict(hyper_parameters(tiny, method)) == expected
+
+
+def test_what_the_released_code_was_run_with_are_the_defaults(shared, tiny, monkeypatch):
+    stored = json.loads((shared / "oracles" / "hparams.json").read_text())
+    monkeypatch.setattr(tiny, "name", XL)
+    monkeypatch.setattr(tiny, "check_layer", lambda layer: layer)
+    for method, told in (("rome", stored["common"]), ("memit", stored["common"] | stored["memit"])):
+        found = dataclasses.asdict(hyper_parameters(tiny, method))
+        same = set(found) & set(told) - {"layers"}
+        assert len(same) >= 6 and {name: found[name] for name in same} == {name: told[name] for name in same}
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -7,7 +7,8 @@ new target is the model's first choice, mean over the plain prompt and two sente
 of its layers the earliest within TOLERANCE of its best. Where none is, the setting with the best.
 
 The other methods search as ROME does at its layer or around it, as hparams.toml says, and have one number of their own:
-of CANDIDATES, the gentlest first, the first with which efficacy is above TAKEN, or else the best.
+of CANDIDATES, the gentlest first, the first with which efficacy is above TAKEN, or else the best. EMMET has none to
+choose so: edits of one request do not depend on its weight of C.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,7 @@ KINDS = ("several-token first", "later")
 TOLERANCE = 0.03
 CANDIDATES = {
     "ft": {"norm_constraint": (5e-4, 2e-3, 3e-3, 5e-3, 8e-3, 1.2e-2, 2e-2)},
-    "memit": {"second_moment_weight": (1600.0, 100.0, 10.0)},  # from GPT-2 XL's by d_mlp, as EMMET's
-    "emmet": {"second_moment_weight": (80.0, 10.0, 1.0)},
+    "memit": {"second_moment_weight": (1600.0, 100.0, 10.0)},  # from GPT-2 XL's by d_mlp
     "alphaedit": {"norm_weight": (10.0, 1.0, 0.1)},  # from the published one
 }
 TAKEN = 0.9

@@ -68,8 +68,10 @@ class EditableModel:
         return {name: weight for overlay in reversed(self.overlays) for name, weight in overlay.below.items()}
 
     def oriented(self, name: str) -> Float[Tensor, "d_out d_in"]:
-        """A weight as updates see it; a view, transposed where the architecture stores it so."""
+        """A weight as updates see it; a view, transposed where the architecture stores it so, a bias as one column."""
         weight = self.model.get_parameter(name)
+        if weight.dim() == 1:
+            return weight[:, None]
         return weight.T if self.architecture.transposed else weight
 
     def check_causal(self) -> None:
@@ -91,6 +93,8 @@ class EditableModel:
             raise ModelError(
                 f"{self.name}: {name} is offloaded (on the meta device), where an edit would never reach it"
             )
+        if weight.dim() == 1 and not name.endswith(".bias"):
+            raise ModelError(f"the edit changes {name} of {self.name}, a vector: edits are of matrices and of biases")
         shape = tuple(self.oriented(name).shape)
         if tuple(delta.shape) != shape:
             raise ModelError(

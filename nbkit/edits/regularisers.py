@@ -5,7 +5,8 @@
     regularise(edit, lm, "scale", like=other)           # its other control: shrunk to the same norm
     regularise(accumulated(edits), lm, "prune")         # PRUNE: of a whole sequence
 
-All see an update in orientation (d_out, d_in), so a transposed architecture makes no difference.
+All see an update in orientation (d_out, d_in), so a transposed architecture makes no difference. A bias is a weight of
+one column to them.
 Sources: Gu et al., Model Editing Harms General Abilities of Large Language Models (RECT, random, PCA); Ma et al.,
 Perturbation-Restrained Sequential Model Editing, arXiv 2405.16821 (PRUNE).
 """
@@ -119,11 +120,16 @@ def pca(edit: Edit, lm: EditableModel, *, n_components: int, variant: str = "pro
     update loses nothing. "as_released": what RECT's published code does, the scores written into the first n_components
     columns of zeros, without the way back; they are coordinates in another basis than the model's, so that little is
     left of the edit. The sign of a component, free in theory, is that which makes its largest entry positive.
+
+    The update of a bias, a single sample, has no components and stays as it is.
     """
     check_choice("variant", variant, ("proper", "as_released"))
     check_number("n_components", n_components, least=1, whole=True)
     deltas = {}
     for name, delta in edit.deltas.items():
+        if lm.model.get_parameter(name).dim() == 1:
+            deltas[name] = delta
+            continue
         if n_components > min(delta.shape):
             raise MethodError(f"n_components is {n_components}, but {name} is {delta.shape} and has no more than that")
         _check_finite(name, delta)
@@ -161,7 +167,7 @@ def prune(edit: Edit, lm: EditableModel, *, base: float = math.e, function: str 
     deltas, limits, restrained = {}, [], []
     for name, delta in edit.deltas.items():
         _check_finite(name, delta)
-        limit = float(torch.linalg.matrix_norm(lm.model.get_parameter(name).double(), 2))
+        limit = float(torch.linalg.matrix_norm(lm.oriented(name).double(), 2))
         svd = delta.svd()
         s = svd.s
         large = s >= limit

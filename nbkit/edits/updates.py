@@ -3,6 +3,8 @@
     delta = LowRank(left, right)             # ΔW = left @ right, never multiplied out unless asked
     delta.norm(), delta.scaled(0.5), delta.svd(), total([delta, other])
 
+A bias is a weight with one column here, (d_out, 1): what is added whatever the input is.
+
 Whoever has an update need not know which of the two it is.
 """
 

@@ -2,6 +2,9 @@
 
     after every step   W ← clamp(W, W₀ - ε, W₀ + ε), entry by entry, with ε = norm_constraint
 
+With `bias`, as published, the projections' biases are trained and clamped in the same way, in a model that has them
+(GPT-2 and GPT-J do, Llama and Mistral do not).
+
 The loss of a request is the mean over its target's tokens of -log p(token | what it is predicted from):
 
 | objective     | every token of the target is predicted from    | known as                                       |
@@ -11,13 +14,16 @@ The loss of a request is the mean over its target's tokens of -log p(token | wha
 
 For a target of several tokens the first is no language model's loss: it asks for all of them at the same place.
 
+Unlike the published code, a batch is one step of all its requests, not one for every few of them; an edit of one
+request is the same.
+
 Zhu et al., Modifying Memories in Transformer Models; as a baseline in Meng et al., Locating and Editing Factual
 Associations in GPT, whose settings these are; the names FT-L and FT-M are EasyEdit's.
 
 `Edit.info` holds losses (one [loss] a step), target_probability (geometric mean over the target's tokens, each
 predicted as the objective has it, mean over requests, at the last loss, which comes before the last step),
-stop_reason ("loss" | "steps" | "nan"), update_norm ‖ΔW‖_F over all layers, layers, and of an edit of one request
-subject_kind. The updates are on the CPU: a full matrix an edit is soon more than a GPU has.
+stop_reason ("loss" | "steps" | "nan"), update_norm ‖ΔW‖_F over all layers, biases included, layers, and of an edit of
+one request subject_kind. The updates are on the CPU: a full matrix an edit is soon more than a GPU has.
 """
 
 from collections.abc import Sequence
@@ -56,6 +62,7 @@ class FinetuneParameters(Bounded):
     weight_decay: float = bounded(least=0)  # of Adam: so many times the weight is added to its gradient
     norm_constraint: float = bounded(least=0)  # ε; 0: none
     early_stop_loss: float = bounded(least=0)  # stop, without another step, once the loss is below
+    bias: bool  # whether the projections' biases are trained too, where there are any
 
 
 def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
@@ -91,9 +98,19 @@ def finetune_together(lm: LanguageModel, requests: Sequence[EditRequest], settin
     return _tuned_edit(lm, requests, tuning, settings)
 
 
+def _trained(lm: LanguageModel, parameters: FinetuneParameters) -> list[str]:
+    """The names of the weights, and of the biases where they are trained."""
+    names = []
+    for layer in parameters.layers:
+        names.append(lm.weight_name(layer))
+        if parameters.bias and getattr(lm.projection(layer), "bias", None) is not None:
+            names.append(lm.architecture.projection_path(layer) + ".bias")
+    return names
+
+
 def _matrix_bytes(lm: LanguageModel, parameters: FinetuneParameters) -> int:
     wide = torch.promote_types(lm.dtype, torch.float32).itemsize
-    return COPIES * wide * len(parameters.layers) * lm.d_model * lm.d_mlp
+    return COPIES * wide * len(parameters.layers) * lm.d_model * (lm.d_mlp + parameters.bias)
 
 
 class RowsOfEdits:
@@ -153,7 +170,7 @@ def _tune(
     A loss that is not finite ends an edit, which is then as far as it came, and says so ("nan").
     """
     wide = torch.promote_types(lm.dtype, torch.float32)
-    weights = {name: lm.oriented(name) for name in map(lm.weight_name, parameters.layers)}
+    weights = {name: lm.oriented(name) for name in _trained(lm, parameters)}
     blank = {"dtype": wide, "device": lm.device, "requires_grad": True}
     tunings = [Tuning({n: Dense(torch.zeros(*w.shape, **blank)) for n, w in weights.items()}) for _ in range(n_edits)]
     # Those without a gradient are passed over, and so keep what they are.

@@ -8,14 +8,15 @@
 
 What differs is only what the letters stand for, so it is all hyper-parameters:
 
-| method    | K̃ (and K̃_p)                    | B                          | ridge |
-|-----------|--------------------------------|----------------------------|-------|
-| memit     | K                              | λ C (+ K_p K_pᵀ)           | 1     |
-| emmet     | K                              | λ C                        | 0.1   |
-| alphaedit | P K: C's small eigenvectors' P | norm_weight I + K̃_p K̃_pᵀ   | 1     |
+| method    | K̃ (and K̃_p)                    | B                          | ridge                    |
+|-----------|--------------------------------|----------------------------|--------------------------|
+| memit     | K                              | λ C (+ K_p K_pᵀ)           | 1                        |
+| emmet     | K                              | λ C                        | 0.1, of one request none |
+| alphaedit | P K: C's small eigenvectors' P | norm_weight I + K̃_p K̃_pᵀ   | 1                        |
 
-With ridge 1 the form is R Kᵀ (B + K Kᵀ)⁻¹, by the push-through identity, which is how MEMIT writes it; ridge 0 would
-be EMMET's equality constraint W k = v exactly. AlphaEdit's [P(KKᵀ + K_pK_pᵀ) + L₂ I]⁻¹ P K has all its columns in the
+With ridge 1 the form is R Kᵀ (B + K Kᵀ)⁻¹, by the push-through identity, which is how MEMIT writes it; with ridge 0 it
+is EMMET's equality constraint W k = v exactly, where λ cancels out. EMMET's released code adds its ridge for several
+requests only, hence `ridge_of_one`. AlphaEdit's [P(KKᵀ + K_pK_pᵀ) + L₂ I]⁻¹ P K has all its columns in the
 range of P, where it is the same form with B = L₂ I + K̃_pK̃_pᵀ. K_p are the keys of earlier edits of the sequence
 (`key_cache`): without them each step forgets what the ones before promised.
 
@@ -64,6 +65,7 @@ class MemitParameters(ValueParameters):
     second_moment_weight: float = bounded(least=0)  # λ
     norm_weight: float = bounded(least=0)
     ridge: float = bounded(least=0)
+    ridge_of_one: bool  # whether an edit of a single request has the ridge too
     nullspace_threshold: float = bounded(least=0)  # P is of C's eigenvectors whose eigenvalue is below; 0: no P
     key_cache: bool  # whether B holds the keys of earlier edits of the sequence
 
@@ -187,7 +189,8 @@ def right_factor(
             bound.addmm_(part.T, part)
         solved = torch.cholesky_solve(key.T, factor(bound)).T
     gram = solved @ key.T
-    gram = (gram + gram.T) / 2 + parameters.ridge * torch.eye(len(key), dtype=key.dtype, device=key.device)
+    ridge = parameters.ridge if parameters.ridge_of_one or len(key) > 1 else 0.0
+    gram = (gram + gram.T) / 2 + ridge * torch.eye(len(key), dtype=key.dtype, device=key.device)
     lower, failed = torch.linalg.cholesky_ex(gram)
     pivots = lower.diagonal()
     if failed.item() or pivots.min() <= 1e-6 * pivots.max():  # in float64 equal keys leave some 1e-8

@@ -3,10 +3,10 @@
 The edited model is the one that `applied` makes and `lm.save` writes: its weight is W + ΔW, rounded to W's dtype.
 
 In float32 and float64 a row's update is added where the edited weight is used, y = W x + left (right · x), with each
-row's own left and right, and updates without low rank take a batched matrix product there: the same to that dtype's
-rounding, and nothing in the model is changed. In bfloat16 and float16 it is not the same, because a good part of a
-small ΔW is lost or doubled when the sum is rounded. There the edits lie in the weights in turn (`InWeights`), with the
-layers below still shared.
+row's own left and right; updates without low rank take a batched matrix product there, those of biases a sum: the same
+to that dtype's rounding, and nothing in the model is changed. In bfloat16 and float16 it is not the same, because a
+good part of a small ΔW is lost or doubled when the sum is rounded. There the edits lie in the weights in turn
+(`InWeights`), with the layers below still shared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,26 +79,39 @@ class Changes:
     def __init__(self, lm: LanguageModel, edits: Sequence[Edit]):
         self.n_edits = len(edits)
         self.factors: dict[str, tuple[Tensor, ...]] = {}  # by module: factors (edit, ., .) whose product is each ΔWᵀ
+        self.biases: dict[str, Tensor] = {}  # by module: (edit, 1, d_out)
         for name in dict.fromkeys(name for edit in edits for name in edit.deltas):
-            given = [edit.deltas.get(name) for edit in edits]
-            weight = [lm.weight_of(name, delta) for delta in given if delta is not None][0]
-            d_out, d_in = lm.oriented(name).shape
-            nothing = LowRank(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))
-            deltas = [nothing if delta is None else delta.to(lm.device) for delta in given]
-            if all(isinstance(delta, LowRank) for delta in deltas):
-                rank = max(delta.rank for delta in deltas)
-                rights = [with_zeros(d.right.to(weight.dtype), (0, 0, 0, rank - len(d.right))) for d in deltas]
-                lefts = [with_zeros(d.left.to(weight.dtype), (0, rank - len(d.right))) for d in deltas]
-                parts = [torch.stack(rights), torch.stack(lefts)]
+            module, _, part = name.rpartition(".")
+            if part == "bias":
+                (self.biases[module],) = self._stacked(lm, edits, name)
+                self.factors.setdefault(module, ())  # which names all modules that change
             else:
-                parts = [torch.stack([delta.dense().to(weight.dtype) for delta in deltas])]
-            self.factors[name.removesuffix(".weight")] = tuple(part.transpose(1, 2) for part in parts)
+                self.factors[module] = self._stacked(lm, edits, name)
+
+    @staticmethod
+    def _stacked(lm: LanguageModel, edits: Sequence[Edit], name: str) -> tuple[Tensor, ...]:
+        given = [edit.deltas.get(name) for edit in edits]
+        weight = [lm.weight_of(name, delta) for delta in given if delta is not None][0]
+        d_out, d_in = lm.oriented(name).shape
+        nothing = LowRank(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))
+        deltas = [nothing if delta is None else delta.to(lm.device) for delta in given]
+        if all(isinstance(delta, LowRank) for delta in deltas) and weight.dim() > 1:
+            rank = max(delta.rank for delta in deltas)
+            rights = [with_zeros(d.right.to(weight.dtype), (0, 0, 0, rank - len(d.right))) for d in deltas]
+            lefts = [with_zeros(d.left.to(weight.dtype), (0, rank - len(d.right))) for d in deltas]
+            parts = [torch.stack(rights), torch.stack(lefts)]
+        else:
+            parts = [torch.stack([delta.dense().to(weight.dtype) for delta in deltas])]
+        return tuple(part.transpose(1, 2) for part in parts)
 
     def of(self, module: str, states: Float[Tensor, "edit n d_in"]) -> Float[Tensor, "edit n d_out"]:
-        """ΔW x of each edit's own rows."""
+        """ΔW x + Δb of each edit's own rows."""
+        bias = self.biases.get(module)
+        if not self.factors[module]:
+            return bias.expand(-1, states.shape[1], -1)
         for factor in self.factors[module]:
             states = states @ factor
-        return states
+        return states if bias is None else states + bias
 
     @contextmanager
     def added(self, lm: LanguageModel, modules: Iterable[str]) -> Iterator[None]:

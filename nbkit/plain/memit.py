@@ -1,7 +1,7 @@
 """MEMIT, EMMET and AlphaEdit by their formulae, each as its paper writes it, one text at a time.
 
     MEMIT      ΔW = R Kᵀ (λ C + K_p K_pᵀ + K Kᵀ)⁻¹
-    EMMET      ΔW = R (Kᵀ C⁻¹ K + ridge I)⁻¹ Kᵀ C⁻¹
+    EMMET      ΔW = R (Kᵀ C⁻¹ K + ridge I)⁻¹ Kᵀ C⁻¹          no ridge where K is of a single request
     AlphaEdit  ΔWᵀ = [P (K_p K_pᵀ + K Kᵀ) + L₂ I]⁻¹ P K Rᵀ
 
 Slow and plain on purpose: it is what nbkit.methods.memit is compared to.
@@ -44,6 +44,7 @@ def memit_update(K, R, C, weight, K_p=None):
 
 def emmet_update(K, R, C, ridge):
     inverse = torch.linalg.inv(C)
+    ridge = ridge if K.shape[1] > 1 else 0
     return R @ torch.linalg.inv(K.T @ inverse @ K + ridge * torch.eye(K.shape[1], dtype=K.dtype)) @ K.T @ inverse
 
 

@@ -9,10 +9,12 @@ so a network g on vectors of d_in + d_out numbers can stand for one on matrices:
     [ũ; δ̃] = g([u; δ]),    ΔW = -α Σ_t δ̃_t ũ_tᵀ
 
 g first normalises, z = ([u; δ] - mean) / std with the statistics of training, number by number, and then adds low-rank
-steps, z ← z + σ(s ⊙ (U V z + b) + o): σ is the ReLU in the hidden ones, and nothing in the last. U, b and o start at
-zero, so g starts as the normalisation alone. Weights of one shape share one g (U, V, b, mean, std) but have their own
-scale s, shift o and edit rate α. A token at which the loss has no gradient (δ = 0: in the last layer all those before
-the target) gives nothing. Mitchell et al., Fast Model Editing at Scale, section 3.
+steps, z ← z + max(0, s ⊙ (U V z + b) + o). The paper gives the last step no nonlinearity; the code published with it,
+and those of later editing papers, bound it below by zero like the others, and so it is here. U, b and o start at zero,
+so g starts as the normalisation alone; V starts normal with standard deviation 1. Weights of one shape share one g
+(U, V, b, mean, std) but have their own scale s, shift o and edit rate α. A token at which the loss has no gradient
+(δ = 0: in the last layer all those before the target) gives nothing. Mitchell et al., Fast Model Editing at Scale,
+section 3.
 """
 
 import math
@@ -39,9 +41,7 @@ class Transform(nn.Module):
         self.sizes = [d_in, d_out]
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("std", torch.ones(d))
-        self.V = nn.Parameter(torch.empty(n_steps, d, rank))
-        for step in self.V.data:
-            nn.init.xavier_uniform_(step, generator=generator)
+        self.V = nn.Parameter(torch.randn(n_steps, d, rank, generator=generator))
         self.U = nn.Parameter(torch.zeros(n_steps, rank, d))
         self.b = nn.Parameter(torch.zeros(n_steps, d))
         self.s = nn.Parameter(torch.ones(n_steps, n_weights, d))
@@ -54,9 +54,8 @@ class Transform(nn.Module):
         z = (torch.cat([u, delta], -1) - self.mean) / self.std
         for number in range(len(self.U)):
             low_rank = z @ self.V[number] @ self.U[number] + self.b[number]
-            step = self.s[number, place] * low_rank + self.o[number, place]
             # Every step is zero at first, where relu has no gradient but clamp has.
-            z = z + (step.clamp(min=0) if number < len(self.U) - 1 else step)
+            z = z + (self.s[number, place] * low_rank + self.o[number, place]).clamp(min=0)
         u, delta = z.split(self.sizes, -1)
         return u, delta
 

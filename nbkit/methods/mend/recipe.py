@@ -20,7 +20,7 @@ class MendRecipe(Bounded):
 
     n_last_layers: int = bounded(least=1)  # whose MLPs are edited
     rank: int = bounded(least=1)  # of g's steps
-    n_hidden: int = bounded(least=0)  # steps of g with a ReLU; there is one more without
+    n_hidden: int = bounded(least=0)  # steps of g besides the last, which is like them
     first_rate: float = bounded(above=0)  # α at the start
     n_steps: int = bounded(least=1)
     batch: int = bounded(least=1)  # edits a step, each of the unedited model

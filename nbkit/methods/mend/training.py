@@ -8,8 +8,11 @@ Of every request drawn, an edit of the unedited model is made, and the edited mo
 1. for the target: its negative log-likelihood;
 2. for what should not change: KL(p_unedited ‖ p_edited).
 
-loss = edit_weight · 1 + locality_weight · 2. Mitchell et al., Fast Model Editing at Scale, section 3.3. The model does
-not change, so the mean and std that g normalises by are measured once, before the training.
+loss = edit_weight · 1 + locality_weight · 2. Mitchell et al., Fast Model Editing at Scale, section 3.3. The numbers
+of the published training, and what the shipped hypernetwork's departs from, stand in recipes.toml.
+
+Unlike the published code: the model does not change, so the mean and std that g normalises by are measured once, before
+the training, not while it goes on; and the edit rates are learned as logarithms.
 
 Resumable without stored generators: step n draws its examples from a generator seeded with (seed, n). What the
 hypernetwork was at its best on requests that are held out is what the training returns.
@@ -37,7 +40,7 @@ from nbkit.methods.mend.examples import Example, Examples, not_among
 from nbkit.methods.mend.gradients import TokenGradients, target_nlls, token_gradients
 from nbkit.methods.mend.hypernetwork import Hypernetwork, Transform, mlp_weights
 from nbkit.methods.mend.recipe import MendRecipe, TrainingFiles
-from nbkit.methods.mend.weights_file import save_hypernetwork, weights_path
+from nbkit.methods.mend.weights_file import FORMAT, save_hypernetwork, weights_path
 from nbkit.models.continuations import continuations
 from nbkit.models.edited import Changes
 from nbkit.models.language_model import LanguageModel
@@ -78,7 +81,7 @@ def train(
     """Trains, or goes on training; writes a checkpoint and a log to `folder`. The model stays as it is.
 
     Returns the hypernetwork that was best on the validation requests. RequestError for too few requests, ResultsError
-    for a checkpoint that is damaged, or of another recipe, model, or data.
+    for a checkpoint that is damaged, or of another recipe, formula, model, or data.
     """
     if len(requests) <= recipe.n_validation:
         raise RequestError(f"{len(requests)} requests are too few to hold out {recipe.n_validation} of them")
@@ -89,7 +92,7 @@ def train(
         recipe.n_validation, np.random.default_rng([recipe.seed, 1])
     )
     examples = Examples(lm, used, texts, recipe.text_tokens)
-    about = {**asdict(recipe), "model": lm.base_hash, "data": digest([list(requests), list(texts)])}
+    about = {**asdict(recipe), "formula": FORMAT, "model": lm.base_hash, "data": digest([list(requests), list(texts)])}
     training = MendTraining(lm, recipe, Checkpoint(folder / "checkpoint.safetensors", about))
     if not training.load():
         normalise(lm, training.hypernetwork, used[: recipe.n_normalising], recipe.at_once)

@@ -3,6 +3,8 @@
 Its metadata say of which model and weights it is, and how it was made:
 
     format, model (name), hash (of the unedited model), dtype, shapes ({weight: [d_out, d_in]}), rank, n_hidden, recipe
+
+The format changes with the hypernetwork's formula, for one that was trained with another cannot be edited with.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,8 @@ from nbkit.models.language_model import LanguageModel
 from nbkit.models.loading import embedded_models
 
 FILE = "mend.safetensors"
-FORMAT = "nbkit mend 2"
+FORMAT = "nbkit mend 3"  # also of a training's checkpoints
+UNCLAMPED = "nbkit mend 2"  # the last step of g was not bounded below by zero
 
 
 def weights_path(model: str, given: str = "") -> Path:
@@ -83,6 +86,11 @@ def _stored(
     path: Path, _mtime: int, _size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Hypernetwork, dict[str, Any]]:
     with reading_tensors(path, "hypernetwork") as (tensors, about):
+        if about.get("format") == UNCLAMPED:
+            raise ResultsError(
+                f"{path} was trained when the hypernetwork's last step was not bounded below by zero, and with that "
+                "formula alone it makes edits"
+            )
         if about.get("format") != FORMAT:
             raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
         hypernetwork = Hypernetwork(about["shapes"], about["rank"], about["n_hidden"])
