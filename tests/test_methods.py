@@ -17,6 +17,7 @@ from nbkit.keys.moments import default_second_moments
 from nbkit.methods import hparams
 from nbkit.methods.hparams import hyper_parameters, published_layers
 from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
+from nbkit.methods.setup import setup
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, edit_batch, edit_sequence
 from nbkit.models import prompts
@@ -232,6 +233,39 @@ def test_a_user_s_table_that_says_nothing_is_refused(tiny, tmp_path, monkeypatch
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(MethodError, match=message):
         hyper_parameters(tiny, "rome", layer=1)
+
+
+def test_a_notebook_s_parameters_become_the_arguments_of_the_method(tiny, requests, contexts, tmp_path):
+    tiny.name = "gpt2-xl"
+    chosen = setup(tiny, "rome", 1, "prefixed", {"v_lr": 0.1})
+    assert chosen.arguments == {"method": "rome", "layer": 1, "key_mode": "prefixed", "v_lr": 0.1}
+    assert chosen.words == "rome, prefixed keys, layer 1" and chosen.parameters.v_lr == 0.1
+    assert setup(tiny, "ft", 2).arguments == {"method": "ft", "layers": [2]}
+    assert setup(tiny, "ft", hparams={"layers": [0, 1]}).words == "ft, prompt_last, layers 0, 1"
+    assert setup(tiny, "kn").arguments == {"method": "kn"}
+    for refused, message in (
+        ({"method": "kn", "layer": 1}, "kn finds the layers that it edits by itself"),
+        ({"method": "memit", "layer": 1, "key_mode": "plain"}, "memit has no key_mode"),
+        ({"method": "ft", "layer": 1, "second_moment_texts": "miniworld-training"}, "ft uses no second moment"),
+    ):
+        with pytest.raises(MethodError, match=message):
+            setup(tiny, **refused)
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "emmet", "alphaedit"])
+def test_a_model_that_brings_no_text_is_edited_with_the_second_moment_of_given_ones(
+    tiny, requests, contexts, texts, method, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.txt").write_text("\n".join(texts * 20))
+    monkeypatch.setattr("nbkit.paths.RUNS", tmp_path)
+    options = {name: value for name, value in OPTIONS[method].items() if name not in ("layer", "layers")}
+    chosen = setup(tiny, method, 1, hparams=options, second_moment_texts=tmp_path / "mine.txt")
+    assert chosen.words.endswith("layer 1, C of mine.txt")
+    (made,) = edit(tiny, requests[0], context_templates=contexts, progress=False, **chosen.arguments)
+    assert made.norm() > 0
+    if method != "rome":
+        with pytest.raises(MethodError, match="tiny-gpt2 brings no text to take them from"):
+            edit(tiny, requests[0], context_templates=contexts, progress=False, method=method, **OPTIONS[method])
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -40,6 +40,7 @@ class Method:
     together: the same arguments, one Edit that carries all requests; None for a method that cannot. Neither changes
     the model.
     files: (lm, parameters) -> the files that its numbers depend on besides the model's, which name stored results too.
+    takes_second_moment, needs_second_moment: whether it uses one that is given, and whether it cannot do without.
     template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty
     for a method that uses none.
     """
@@ -49,6 +50,7 @@ class Method:
     together: Callable[[LanguageModel, Sequence[EditRequest], MethodSettings], Edit] | None = None
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
+    takes_second_moment: bool = False
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
 
 

@@ -12,7 +12,7 @@ METHODS: dict[str, Method] = {
     "ft": Method(FinetuneParameters, finetune_each, finetune_together),
     "kn": Method(KnowledgeNeuronParameters, knowledge_neurons_each),
     "mend": Method(MendParameters, mend_each, mend_together, files=mend_files),
-    "rome": Method(RomeParameters, rome, template_lengths=((5, 10), (10, 10))),
+    "rome": Method(RomeParameters, rome, template_lengths=((5, 10), (10, 10)), takes_second_moment=True),
     **{
         name: Method(MemitParameters, memit_each, memit_together, True, template_lengths=((10, 5),))
         for name in ("memit", "emmet", "alphaedit")

@@ -20,6 +20,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.setup import in_words
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, needed_moments
 from nbkit.models import prompts
@@ -43,6 +44,7 @@ class MethodStudy:
         self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else list(context_templates)
+        self.words = in_words(method, parameters)
         self.parameters = dataclasses.asdict(parameters)
         self.parameters |= {
             "method": method,

@@ -82,7 +82,7 @@ def sequential_edits(
                     row |= so_far[list(last)].mean().to_dict()
                 yield row
 
-    label = f"{method}, sequences" + (f" of {group} requests" if group else "")
+    label = f"{setting.words}: sequences" + (f" of {group} requests" if group else "")
     frame = study.complete([str(seed) for seed in seeds], compute, label, steps=len(requests) + 1)
     frame.insert(0, "group", group)  # a name, which determines no number, and so is not stored
     return frame

@@ -74,5 +74,5 @@ def single_edits(
             yield unit, [{**about, **outcome_columns(done), **row}]
 
     return study.complete_together(
-        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{method}, single edits"
+        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{setting.words}: single edits"
     )

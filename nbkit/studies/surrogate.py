@@ -62,7 +62,8 @@ def task_correlation(
         with applied(lm, made):
             return scored({"edited": True, **described(lm, units[unit]), **outcome_columns(made)})
 
-    return study.complete(["unedited", *(digest(request) for request in requests)], compute, f"{method}, task scores")
+    asked = ["unedited", *(digest(request) for request in requests)]
+    return study.complete(asked, compute, f"{setting.words}: task scores")
 
 
 def spread(perplexity: Sequence[float], n: int) -> list[int]:
