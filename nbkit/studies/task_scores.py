@@ -73,7 +73,7 @@ def _own_task(name: str, include_path: str) -> dict:
 
     manager = TaskManager(include_path=include_path, include_defaults=False)
     online, datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_DATASETS_OFFLINE, True  # files beside the task
-    shown = datasets.are_progress_bars_enabled()
+    shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # two for every task, done as soon as they are drawn
     try:
         with contextlib.chdir(include_path):  # the task files name their data relative to themselves
