@@ -40,6 +40,7 @@ _NAMES = {
     "collapse_risk": "studies.risk",
     "perplexity": "studies.metrics",
     "edit_metrics": "studies.metrics",
+    "generation_metrics": "studies.generation",
     "task_scores": "studies.task_scores",
     "run_notebook": "batch.run",
     "NbkitError": "errors",

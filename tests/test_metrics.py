@@ -117,6 +117,16 @@ def test_edit_metrics_are_the_shares_they_say(lm, full_request):
     assert row["neighborhood"] == np.mean([nll(p, answer) < nll(p, "drum") for p, answer in pairs])
     assert math.isnan(row["locality"])
 
+    def less(prompt, one, other):
+        return math.exp(-nll(prompt, one)) - math.exp(-nll(prompt, other))
+
+    by_how_much = [less(prompt, "drum", "harp") for prompt in (request.text, *request.paraphrase_prompts)]
+    pairs = zip(request.neighborhood_prompts, request.neighborhood_targets, strict=True)
+    of_neighbors = np.mean([less(prompt, answer, "drum") for prompt, answer in pairs])
+    assert row["efficacy_magnitude"] == pytest.approx(by_how_much[0], rel=1e-3)
+    assert row["paraphrase_magnitude"] == pytest.approx(np.mean(by_how_much[1:]), rel=1e-3)
+    assert row["neighborhood_magnitude"] == pytest.approx(of_neighbors, rel=1e-3)
+
 
 def test_metrics_see_an_edit_and_locality_compares_with_the_unedited_model(tiny, full_request):
     """An edit that writes the target's output embedding into every value makes it the first choice everywhere."""

@@ -1,6 +1,7 @@
 """Reading requests of every schema, and refusing what cannot be one, by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -119,6 +120,8 @@ def test_every_schema_is_recognised_record_by_record(write):
         ("What will be the product of UniFirst?",), ("nq question: who plays him",), ("Walter Sobchak",),
     )  # fmt: skip
     assert plain == EditRequest("{} works as a", "Ann", "judge")
+    (opened,) = read_requests(write([COUNTERFACT | {"generation_prompts": ["Angola's history is"]}]))
+    assert opened == replace(counterfact, generation_prompts=("Angola's history is",))
 
 
 def test_json_lines(tmp_path):

@@ -4,12 +4,17 @@
     nll(prompt, target) = -1/T Σ_t log p(target_t | prompt, target_<t)
     efficacy = nll(prompt, new) < nll(prompt, true); paraphrase the same on paraphrases, as a share
     neighborhood = share of neighbours with nll(neighbour, its answer) < nll(neighbour, new)
+    magnitude of each: the mean of exp(-nll) of what should be likelier, less exp(-nll) of the other
+    entropy of a text = 1/2 (2/3 H_2 + 4/3 H_3), H_n = -Σ f log2 f over the frequencies f of its n-grams of words
+    consistency = cosine of the TF-IDF vectors of two texts, tf (ln((1 + n) / (1 + n with the word)) + 1) of each word
 
 Slow and plain on purpose: it is what nbkit.studies.metrics is compared to. A request has the fields of
 `nbkit.EditRequest`.
 """
 
 import math
+import re
+from collections import Counter
 
 import torch
 
@@ -53,13 +58,23 @@ def edit_metrics(model, tokenizer, request, reference: list[list[int]]) -> dict[
             mean(now == before for now, before in zip(part["choices"], old, strict=True))
             for part, old in zip(neighbors, reference, strict=True)
         ),
+        "neighborhood_magnitude": mean(
+            math.exp(-old["nll"]) - math.exp(-new["nll"]) for old, new in zip(neighbors, neighbors_new, strict=True)
+        ),
         "efficacy": math.nan,
         "paraphrase": math.nan,
+        "efficacy_magnitude": math.nan,
+        "paraphrase_magnitude": math.nan,
     }
     if true is not None:
-        measured["efficacy"] = float(plain["nll"] < continuation(model, tokenizer, request.text, true)["nll"])
+        other = continuation(model, tokenizer, request.text, true)
+        measured["efficacy"] = float(plain["nll"] < other["nll"])
+        measured["efficacy_magnitude"] = math.exp(-plain["nll"]) - math.exp(-other["nll"])
         on_true = [continuation(model, tokenizer, prompt, true) for prompt in request.paraphrase_prompts]
         measured["paraphrase"] = mean(a["nll"] < b["nll"] for a, b in zip(paraphrases, on_true, strict=True))
+        measured["paraphrase_magnitude"] = mean(
+            math.exp(-a["nll"]) - math.exp(-b["nll"]) for a, b in zip(paraphrases, on_true, strict=True)
+        )
     return measured
 
 
@@ -76,6 +91,46 @@ def continuation(model, tokenizer, prompt: str, target: str) -> dict:
         "share": mean(choice == token for choice, token in zip(choices, ids, strict=True)),
         "correct": choices == ids,
     }
+
+
+def generated(model, tokenizer, prompt: str, max_tokens: int, ends: list[int]) -> tuple[str, bool]:
+    """What the model goes on with, always its first choice, and whether one of the tokens `ends` ended it."""
+    ids = tokenizer(prompt).input_ids
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    for _ in range(max_tokens):
+        token = int(log_probabilities(model, ids)[-1].argmax())
+        if token in ends:
+            return tokenizer.decode(ids, skip_special_tokens=True)[len(before) :], True
+        ids = [*ids, token]
+    return tokenizer.decode(ids, skip_special_tokens=True)[len(before) :], False
+
+
+def entropy(text: str) -> float:
+    """Weighted entropy, in bits, of a text's bigrams and trigrams of words; punctuation marks are words."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    bits = {}
+    for n in (2, 3):
+        counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        shares = [count / counts.total() for count in counts.values()]
+        bits[n] = -sum(share * math.log2(share) for share in shares)
+    return (2 / 3 * bits[2] + 4 / 3 * bits[3]) / 2
+
+
+def consistency(text: str, references: list[str], all_references: list[str]) -> float:
+    """TF-IDF cosine of a text and reference texts; words (of two letters or more) are weighed by all references."""
+    known = [set(_words(reference)) for reference in all_references]
+    weight = {
+        word: math.log((1 + len(known)) / (1 + sum(word in one for one in known))) + 1 for word in set().union(*known)
+    }
+    a, b = Counter(_words(text)), Counter(_words(" ".join(references)))
+    vectors = [{word: count * weight[word] for word, count in part.items() if word in weight} for part in (a, b)]
+    lengths = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
+    product = sum(value * vectors[1].get(word, 0) for word, value in vectors[0].items())
+    return product / (lengths[0] * lengths[1]) if product else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\b\w\w+\b", text.lower())
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ class EditRequest:
     """One wish: after `prompt` about `subject`, the model shall say `target_new`.
 
     `prompt` holds exactly one `{}`, the subject's place. `neighborhood_targets` are the right answers of
-    `neighborhood_prompts`, one each (or none at all). Raises RequestError, naming `case_id`, for a record that no
-    method could use.
+    `neighborhood_prompts`, one each (or none at all). `generation_prompts` open texts about the subject, for what a
+    model says by itself. Raises RequestError, naming `case_id`, for a record that no method could use.
     """
 
     prompt: str
@@ -49,6 +49,7 @@ class EditRequest:
     neighborhood_prompts: tuple[str, ...] = ()
     neighborhood_targets: tuple[str, ...] = ()
     relation_id: str | None = None
+    generation_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
         for field in ("prompt", "subject", "target_new"):
@@ -66,7 +67,7 @@ class EditRequest:
             )
         if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
             raise RequestError(f"{self.label}: target_new equals target_true ({self.target_new!r}); nothing to edit")
-        for field in ("paraphrase_prompts", "neighborhood_prompts", "neighborhood_targets"):
+        for field in ("paraphrase_prompts", "neighborhood_prompts", "neighborhood_targets", "generation_prompts"):
             value = getattr(self, field)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise RequestError(f"{self.label}: {field} must be a list of texts, not {value!r}")
@@ -84,8 +85,10 @@ class EditRequest:
 
     @property
     def alone(self) -> "EditRequest":
-        """The same wish, without the prompts that are asked besides its own: paraphrases and neighbours."""
-        return replace(self, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=())
+        """The same wish, without the prompts that are asked besides its own: paraphrases, neighbours, generation."""
+        return replace(
+            self, paraphrase_prompts=(), neighborhood_prompts=(), neighborhood_targets=(), generation_prompts=()
+        )
 
     @property
     def label(self) -> str:
@@ -208,6 +211,7 @@ def _from_counterfact(record: dict) -> EditRequest:
         neighborhood_prompts=neighbors,
         neighborhood_targets=(target_true,) * len(neighbors),  # CounterFact's neighbours share the true object
         relation_id=rewrite.get("relation_id"),
+        generation_prompts=tuple(record.get("generation_prompts", ())),
     )
 
 
@@ -223,6 +227,7 @@ def _from_eight_fields(record: dict) -> EditRequest:
         neighborhood_prompts=_as_tuple(record.get("locality_prompt", record.get("neighborhood_prompts"))),
         neighborhood_targets=_as_tuple(record.get("locality_ground_truth", record.get("neighborhood_targets"))),
         relation_id=record.get("relation_id"),
+        generation_prompts=_as_tuple(record.get("generation_prompts")),
     )
 
 

@@ -112,7 +112,9 @@ class MethodStudy:
 
     def prefixes_of(self, request: EditRequest) -> list[str]:
         """The unseen prefixes that a request is asked behind, drawn by its content; all if there are no N_PREFIXES."""
-        unseen, first = self.unseen_prefixes, int(digest(request), 16)
+        asked = dataclasses.asdict(request)
+        del asked["generation_prompts"]  # which prefixes it is asked behind does not depend on them
+        unseen, first = self.unseen_prefixes, int(digest(asked), 16)
         return [unseen[(first + i) % len(unseen)] for i in range(min(N_PREFIXES, len(unseen)))]
 
 

@@ -211,13 +211,16 @@ def edit_metrics(
     the model's dtype, as with `applied`. Many in one pass in float32 and float64, one by one in bfloat16 and float16.
 
     CounterFact's (kmeng01/rome), shares in [0, 1]: `efficacy`, `paraphrase`: is the new target likelier than the true
-    one, by mean negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer
-    likelier than the new target on neighbouring subjects. Their argmax forms ask whether the expected target is the
-    model's first choice. EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first
-    choices, teacher-forced, on the prompt and the paraphrases; `locality`: share of the first choices on neighbours
-    that are those of `reference` (`neighborhood_tokens` of the unedited model). `target_probability` is that of the
-    whole new target on the prompt. NaN where a request has nothing to measure it by. `prefix`, a template with one {}
-    or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*.
+    one, by mean negative log-likelihood, on the prompt, on its paraphrases; `neighborhood`: is the true answer likelier
+    than the new target on neighbouring subjects. Their argmax forms ask whether the expected target is the model's
+    first choice. EasyEdit's: `reliability`, `generalization`: share of the new target's tokens that are first choices,
+    teacher-forced, on the prompt and the paraphrases; `locality`: share of the first choices on neighbours that are
+    those of `reference` (`neighborhood_tokens` of the unedited model). `target_probability` is that of the whole new
+    target on the prompt. CounterFact's magnitudes, `efficacy_magnitude` and so on, are by how much it is likelier, in
+    [-1, 1]: the difference of the two probabilities a token, exp(-mean negative log-likelihood), as a mean over
+    prompts; of the new target less the true one, on neighbours of the true answer less the new target. What the model
+    says by itself is for `generation_metrics`. NaN where a request has nothing to measure it by. `prefix`, a template
+    with one {} or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*.
     """
     asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
     prefixes = [prefix] * len(requests) if isinstance(prefix, str) else prefix
@@ -255,6 +258,11 @@ def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]]
             return np.nan
         return _share(part[role]["nll"].to_numpy(), part[than]["nll"].to_numpy())
 
+    def by_how_much(role: str, than: str) -> float:
+        if role not in part or than not in part:
+            return np.nan
+        return float((np.exp(-part[role]["nll"]) - np.exp(-part[than]["nll"])).mean(skipna=False))
+
     def mean(role: str, column: str) -> float:
         return float(part[role][column].mean()) if role in part else np.nan
 
@@ -265,11 +273,14 @@ def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]]
         )
     return {
         "efficacy": likelier("prompt", "prompt true"),
+        "efficacy_magnitude": by_how_much("prompt", "prompt true"),
         "efficacy_argmax": mean("prompt", "correct"),
         "target_probability": mean("prompt", "probability"),
         "paraphrase": likelier("paraphrase", "paraphrase true"),
+        "paraphrase_magnitude": by_how_much("paraphrase", "paraphrase true"),
         "paraphrase_argmax": mean("paraphrase", "correct"),
         "neighborhood": likelier("neighbor", "neighbor new"),
+        "neighborhood_magnitude": by_how_much("neighbor", "neighbor new"),
         "neighborhood_argmax": mean("neighbor", "correct"),
         "reliability": mean("prompt", "share"),
         "generalization": mean("paraphrase", "share"),

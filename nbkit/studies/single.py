@@ -3,8 +3,9 @@
     frame = single_edits(lm, requests, texts, method="rome", key_mode="mixed")
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +15,7 @@ from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import metrics as measure
+from nbkit.studies.generation import generation_metrics
 from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
 
 EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
@@ -28,6 +30,7 @@ def single_edits(
     metrics: bool = True,
     context_templates: Sequence[str] | None = None,
     second_moment=None,
+    generated: Mapping[str, Any] | None = None,
     **hparams,
 ) -> pd.DataFrame:
     """Every request edited on its own into the unedited model: one row a request, in order.
@@ -35,18 +38,23 @@ def single_edits(
     Args:
         texts: for the perplexity ("sentence_mean") of the edited model, and of the unedited one as perplexity_before.
         metrics: whether the edit metrics (`metrics.edit_metrics`, also behind prefixes) are measured too.
+        generated: arguments of `generation.generation_metrics` (references, end ...; {} for its defaults), to measure
+            what each edited model says by itself too, which takes many times as long as the edit metrics.
 
     Columns: the request (case_id as text, subject, subject_kind ...), perplexity, perplexity_before, what the method
     reports (numerator, denominator, signed_denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
     optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
-    (means over three) as efficacy_prefixed and so on, and the provenance.
+    (means over three) as efficacy_prefixed and so on, what is generated, and the provenance.
     """
     if not len(requests):
         raise RequestError("there is no request to edit")
     texts = list(texts)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     asked_behind = setting.unseen_prefixes if metrics else None
-    study = setting.study("single_edits", {"texts": texts}, metrics=metrics, asked_behind=asked_behind)
+    asked = {"metrics": metrics, "asked_behind": asked_behind}
+    if generated is not None:
+        asked["generated"] = digest(dict(generated))
+    study = setting.study("single_edits", {"texts": texts}, **asked)
     units = by_digest(requests)
 
     @cache
@@ -69,6 +77,9 @@ def single_edits(
         measured: Sequence[dict] = [{}] * len(chosen)
         if metrics:
             measured = setting.metrics_of_each(chosen, made, measure.neighborhood_tokens(lm, chosen))
+        if generated is not None:
+            said = generation_metrics(lm, chosen, made, **generated).drop(columns="case_id").to_dict("records")
+            measured = [{**row, **more} for row, more in zip(measured, said, strict=True)]
         for unit, request, done, value, row in zip(some, chosen, made, after, measured, strict=True):
             about = {**described(lm, request), "perplexity": value, "perplexity_before": before()}
             yield unit, [{**about, **outcome_columns(done), **row}]
