@@ -81,6 +81,35 @@ def test_perplexities(lm, texts, tolerance, kind_of_perplexity):
     assert lm.n_applied == 0 and torch.equal(before, lm.weight(1))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "opt", "gptj"], indirect=True)
+def test_edits_of_biases(lm, texts, tolerance):
+    """With the weight, alone, beside edits that leave the bias, and in a layer below."""
+
+    def bias(layer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        column = torch.randn(lm.d_model, 1, generator=generator, dtype=torch.float64).to(lm.dtype)
+        return {lm.architecture.projection_path(layer) + ".bias": Dense(0.2 * column)}
+
+    edits = [
+        Edit(update(lm, 1, None, 0) | bias(1, 1)),
+        Edit(update(lm, 1, None, 2) | bias(1, 3)),
+        Edit(bias(1, 4)),
+        Edit(bias(0, 5) | update(lm, 2, 1, 6)),
+        Edit(update(lm, 1, 1, 7)),
+    ]
+    expected = one_by_one(lm, edits, lambda: perplexity(lm, texts))
+    np.testing.assert_allclose(perplexity(lm, texts, edits=edits), expected, rtol=10 * tolerance)
+    assert len(set(np.round([*expected, perplexity(lm, texts)], 6))) == 6
+    rows = [lm.tokenizer(text).input_ids for text in texts]
+    changes, grid, kept = edited.Changes(lm, edits), torch.tensor([[0], [1], [2], [3], [4]]), [range(2, 5)] * 5
+    for passes in (edited.WholePass(lm, rows), edited.SharedPass(lm, 0, rows)):
+        found = passes.logits(changes, grid, kept).split(3)
+        for one, edit, row in zip(found, edits, rows, strict=True):
+            with applied(lm, edit):
+                plain = lm.model(torch.tensor([row])).logits[0, 2:5]
+            assert (one - plain).norm() < 100 * tolerance * plain.norm()
+
+
 @pytest.mark.parametrize("reach", [0.0, 0.6, edited.REACH])
 def test_low_rank_edits_of_different_layers_and_ranks_in_one_pass(lm, texts, tolerance, reach, monkeypatch):
     """All in one group, some in one, or each layer by itself: it is the same."""

@@ -92,6 +92,20 @@ def test_infinite_and_nan_updates_are_restored(tiny):
     assert_same_bits(tiny, before)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"], indirect=True)
+def test_a_bias_is_a_weight_of_one_column(lm):
+    name = lm.architecture.projection_path(1) + ".bias"
+    before, delta = bits(lm), Dense(torch.linspace(0, 1, 32)[:, None])
+    edit = Edit({name: delta, lm.weight_name(1): random_delta()})
+    lm.apply(edit)
+    lm.apply(Edit({name: delta}))
+    assert torch.equal(lm.oriented(name), lm.model.get_parameter(name)[:, None])
+    torch.testing.assert_close(lm.model.get_parameter(name).data.float(), before[name].float() + 2 * delta.matrix[:, 0])
+    assert lm.history()["weights"].tolist() == [f"{name}, {lm.weight_name(1)}", name]
+    lm.undo(2)
+    assert_same_bits(lm, before)
+
+
 def test_nested_edits_add_up_and_go_one_by_one(tiny):
     name, first, second = tiny.weight_name(1), random_delta(), random_delta()
     before = bits(tiny)
@@ -133,6 +147,8 @@ def test_a_bfloat16_weight_is_rounded_once(make_lm):
             random_delta(48, 32),
             r"is \(48, 32\), the weight of tiny-gpt2 is \(32, 48\)",
         ),
+        ("transformer.h.1.mlp.c_proj.bias", Dense(torch.ones(32)), r"is \(32,\), the weight of tiny-gpt2 is \(32, 1\)"),
+        ("transformer.h.1.ln_1.weight", Dense(torch.ones(32, 1)), "ln_1.weight of tiny-gpt2, a vector"),
     ],
 )
 def test_an_edit_that_does_not_fit_changes_nothing(tiny, name, delta, message):

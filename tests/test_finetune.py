@@ -12,10 +12,9 @@ import torch
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError
 from nbkit.keys.moments import SecondMoments
-from nbkit.methods import finetune
+from nbkit.methods import finetune, verbs
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.method import MethodSettings
-from nbkit.methods.verbs import edit
 from nbkit.models.loading import load
 from nbkit.records.requests import EditRequest
 
@@ -133,7 +132,7 @@ def test_it_equals_the_published_implementation(shared, name, layer, norm_constr
     folder = shared / "oracles"
     lm = load(folder / "model", device="cpu", dtype="float64")
     requests = [EditRequest(**record) for record in json.loads((folder / "requests.json").read_text())[:5]]
-    made = edit(lm, requests, "ft", progress=False, layers=[layer], norm_constraint=norm_constraint)
+    made = verbs.edit(lm, requests, "ft", progress=False, layers=[layer], norm_constraint=norm_constraint)
     weight = lm.weight_name(layer)
     with np.load(folder / "ft.npz") as expected:
         for i, found in enumerate(made):

@@ -265,6 +265,25 @@ def test_every_regulariser_gives_an_edit_that_can_be_applied(lm, requests, conte
     assert new.requests == edit.requests and new.method == "rome"
 
 
+@pytest.mark.parametrize("name", list(REGULARISERS))
+def test_a_bias_is_regularised_as_a_weight_of_one_column(tiny, name):
+    bias, column = "transformer.h.1.mlp.c_proj.bias", torch.linspace(1, 2, 32, dtype=torch.float64)[:, None]
+    edit = Edit({tiny.weight_name(1): low_rank(2), bias: Dense(column)}, method="ft")
+    arguments = {"rect": {"keep": 0.25}, "random": {"keep": 0.25, "seed": 0}, "pca": {"n_components": 2},
+                 "prune": {"function": "linear"}, "scale": {"factor": 0.5}}  # fmt: skip
+    new = regularise(edit, tiny, name, **arguments[name]).deltas[bias].dense()
+    if name in ("rect", "random"):
+        kept = new != 0
+        assert int(kept.sum()) == 8 and torch.equal(new[kept], column[kept])
+    if name == "rect":
+        ratio = (column[:, 0] / tiny.model.get_parameter(bias)).abs()
+        assert set(kept[:, 0].nonzero()[:, 0].tolist()) == set(ratio.argsort()[-8:].tolist())
+    length = float(tiny.model.get_parameter(bias).norm())
+    factor = {"pca": 1.0, "prune": (1 + length / float(column.norm())) / 2, "scale": 0.5}.get(name)
+    if factor:
+        torch.testing.assert_close(new, factor * column)
+
+
 def test_accumulated_edits_add_up(lm):
     edits = [edit_of(lm, low_rank(seed=seed)) for seed in range(3)] + [edit_of(lm, low_rank(2, seed=9), layer=0)]
     total = accumulated(edits)
