@@ -262,6 +262,15 @@ def test_evaluate_every_must_be_positive(lm, store):
         sequences(lm, store, evaluate_every=0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("study", [studies.single_edits, studies.sequential_edits])
+def test_texts_that_the_model_cannot_read_are_said_at_the_door(lm, store, study, monkeypatch):
+    arguments = {"store": store, **FAST} | ({"seeds": [0]} if study is studies.sequential_edits else {"metrics": False})
+    monkeypatch.setattr(metrics, "perplexity", lambda *_, edits=None, **__: 8e6 if edits is None else [8e6])
+    with pytest.raises(UserWarning, match="tiny-gpt2 cannot read these texts: its perplexity .* is 8e.06, and guessing"):
+        study(lm, REQUESTS[:1], TEXTS, **arguments)
+
+
 # tasks
 
 

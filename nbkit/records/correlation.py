@@ -63,4 +63,4 @@ def correlations(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         {"task": task, **spearman(rows["perplexity"], rows["score"], seed=seed)._asdict()}
         for task, rows in edited.groupby("task", sort=False)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["task", "rho", "low", "high", "n"])

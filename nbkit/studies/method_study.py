@@ -11,6 +11,7 @@ perplexity is a result, stored as such.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -84,6 +85,17 @@ class MethodStudy:
         seen = {*self.arguments["context_templates"], *as_templates(self.lm, self.given_templates)}
         with unedited(self.lm):
             return prompts.unseen_templates(self.lm, seen)
+
+    def readable(self, perplexity: float) -> float:
+        """The unedited model's perplexity as it is given, with a warning where guessing any token would be better."""
+        if not perplexity <= len(self.lm.tokenizer):
+            warnings.warn(
+                f"{self.lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
+                f"guessing among its {len(self.lm.tokenizer)} tokens would do no worse. What edits do to it says nothing; "
+                "take texts and requests of the kind that it was trained on",
+                stacklevel=3,
+            )
+        return perplexity
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)

@@ -63,7 +63,8 @@ def sequential_edits(
         seed = int(unit)
         order = [requests[i] for i in np.random.default_rng(seed).permutation(len(requests))]
         unedited = reference()
-        yield {"seed": seed, "n_edits": 0, "checkpoint": True, "perplexity": measure.perplexity(lm, texts)}
+        before = setting.readable(measure.perplexity(lm, texts))
+        yield {"seed": seed, "n_edits": 0, "checkpoint": True, "perplexity": before}
         right_after = []
         # Closed by hand: a traceback kept by a notebook would keep the generator, and the edits in the weights, alive.
         with closing(edit_sequence(lm, order, **setting.arguments)) as steps:

@@ -59,7 +59,7 @@ def single_edits(
 
     @cache
     def before() -> float:
-        return measure.perplexity(lm, texts)
+        return setting.readable(measure.perplexity(lm, texts))
 
     def compute(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
         try:
