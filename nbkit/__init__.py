@@ -42,6 +42,8 @@ _NAMES = {
     "edit_metrics": "studies.metrics",
     "task_scores": "studies.task_scores",
     "run_notebook": "batch.run",
+    "sweep": "batch.sweep",
+    "results": "records.tables",
     "NbkitError": "errors",
 }
 __all__ = ["__version__", *_NAMES]

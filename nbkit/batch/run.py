@@ -27,7 +27,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from nbkit import paths
-from nbkit.batch.parameters import checked, papermill_path
+from nbkit.batch.parameters import declared, fitted, papermill_path
+from nbkit.batch.record import keep_record, record_of, run_named
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 
 NOTEBOOKS = paths.ROOT / "notebooks"
@@ -67,23 +68,40 @@ def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=N
     Raises ParameterError and ResultsError before anything runs, NotebookError when a cell fails.
     """
     path = find_notebook(path).resolve()
-    values = checked(path, parameters or {})
-    copy = writable(Path(out_dir or paths.RUNS) / path.stem) / copy_name(path.stem, values)
+    known = declared(path)
+    values = fitted(path, known, parameters or {})
+    copy = writable(copy_folder(path, out_dir)) / copy_name(path.stem, values)
+    return execute(path, known, values, copy, progress)
+
+
+def copy_folder(path, out_dir=None) -> Path:
+    """Where the executed copies of a notebook go."""
+    return Path(out_dir or paths.RUNS) / path.stem
+
+
+def execute(path, known, values, copy, progress=True, kernel=None) -> Path:
+    """Execute a notebook with checked values, to `copy`; what was executed is recorded in it (record.py).
+
+    known: the parameters that the notebook declares.
+    kernel: a `kept.KeptKernel` to run in; a new one that ends with the run when None.
+    """
     partial, failed = copy.with_suffix(".partial.ipynb"), copy.with_suffix(".failed.ipynb")
     bar = {"desc": path.stem, "leave": False, "disable": None, "position": 1} if progress else False
+    record = record_of(path, known, values)
     failure = None
     try:
-        papermill.execute_notebook(
-            papermill_path(path),
-            papermill_path(partial),
-            parameters=values,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=OwnKernel,
-            start_timeout=START_SECONDS,
-            progress_bar=bar,
-            cwd=path.parent,
-        )
+        with run_named(copy.stem, path, known, values):
+            papermill.execute_notebook(
+                papermill_path(path),
+                papermill_path(partial),
+                parameters=values,
+                kernel_name="python3",
+                language="python",
+                **({"kernel_manager_class": OwnKernel} if kernel is None else {"km": kernel.ready()}),
+                start_timeout=START_SECONDS,
+                progress_bar=bar,
+                cwd=path.parent,
+            )
     except PapermillExecutionError as error:
         failure = describe(path, partial, f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
     except DeadKernelError:
@@ -96,6 +114,7 @@ def run_notebook(path, parameters: Mapping[str, object] | None = None, out_dir=N
         os.replace(partial, failed)
         raise NotebookError(f"{failure}\n  the copy up to there: {failed}")
     failed.unlink(missing_ok=True)  # of an earlier run with the same parameters
+    keep_record(partial, record)
     os.replace(partial, copy)
     return copy
 
@@ -125,13 +144,19 @@ def copy_name(stem, values) -> str:
     >>> copy_name("01_collapse", {"seed": 1, "methods": ["rome"]})
     '01_collapse--seed=1--methods=rome.ipynb'
     """
-    plain = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in values.items()}
-    name = "--".join([stem, *(f"{key}={text}" for key, text in plain.items())])
-    shown = re.sub(r"[^\w.,=+-]", "_", name)
-    if shown != name or len(shown) > LONGEST_NAME:
+    texts = {name: v if isinstance(v, list) else [v] for name, v in values.items()}
+    whole = "--".join([stem, *(f"{name}={','.join(map(str, v))}" for name, v in texts.items())])
+    short = "--".join([stem, *(f"{name}={','.join(map(_last_part, v))}" for name, v in texts.items())])
+    shown = re.sub(r"[^\w.,=+-]", "_", short)
+    if shown != whole or len(shown) > LONGEST_NAME:
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         shown = f"{shown[:LONGEST_NAME]}--{digest}"
     return f"{shown}.ipynb"
+
+
+def _last_part(value) -> str:
+    """A value as a file name can say it: of a path what it is called."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
 def writable(folder) -> Path:
