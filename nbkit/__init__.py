@@ -43,6 +43,8 @@ _NAMES = {
     "generation_metrics": "studies.generation",
     "task_scores": "studies.task_scores",
     "run_notebook": "batch.run",
+    "sweep": "batch.sweep",
+    "results": "records.tables",
     "NbkitError": "errors",
 }
 __all__ = ["__version__", *_NAMES]

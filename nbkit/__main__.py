@@ -1,4 +1,7 @@
-"""The command line: `python -m nbkit run NOTEBOOK -p name value ...`, `python -m nbkit figures`, and train-mend."""
+"""The command line: `python -m nbkit run NOTEBOOK -p name value ...`, and what else a batch needs.
+
+`COMMAND --help` says more; `run NOTEBOOK --help` lists the parameters of that notebook.
+"""
 
 import re
 import sys
@@ -18,8 +21,12 @@ Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", hel
 class PairsCommand(TyperCommand):
     """Lets `-p name value` stand for `-p name=value`: typer has no repeatable option of two values."""
 
+    asked_of: str | None = None  # the notebook beside --help
+
     def parse_args(self, ctx, args):
         folded, rest = [], list(args)
+        if "--help" in rest:
+            self.asked_of = next((word for word in rest if not word.startswith("-")), None)
         while rest:
             word = rest.pop(0)
             pair = len(rest) >= 2 and re.fullmatch(r"\w+", rest[0]) and not rest[1].startswith("--")
@@ -29,14 +36,30 @@ class PairsCommand(TyperCommand):
                 folded.append(word)
         return super().parse_args(ctx, folded)
 
+    def format_help(self, ctx, formatter):
+        """With a notebook beside --help, its parameters too."""
+        super().format_help(ctx, formatter)
+        if self.asked_of:
+            from nbkit.batch.listing import parameters_in_words
 
-def by_name(pairs: list[str] | None) -> dict[str, str]:
-    """{name: value} of texts name=value."""
-    values = {}
+            typer.echo(parameters_in_words(self.asked_of))
+
+
+def split(pairs: list[str] | None) -> list[tuple[str, str]]:
+    """(name, value) of texts name=value."""
+    named = []
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise typer.BadParameter(f"{name} has no value; write -p {name} VALUE")
+        named.append((name, value))
+    return named
+
+
+def by_name(pairs: list[str] | None) -> dict[str, str]:
+    """{name: value} of texts name=value."""
+    values = {}
+    for name, value in split(pairs):
         if name in values:
             raise typer.BadParameter(f"{name} is given twice")
         values[name] = value
@@ -49,10 +72,75 @@ def run(
     p: Pairs = None,
     out: Out = None,
 ):
-    """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/."""
+    """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/.
+
+    NOTEBOOK --help lists its parameters.
+    """
     from nbkit.batch.run import run_notebook
 
     typer.echo(run_notebook(notebook, by_name(p), out))
+
+
+@app.command(cls=PairsCommand)
+def sweep(
+    notebook: Annotated[str, typer.Argument(help="A path, or the name of one in notebooks/.")],
+    p: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="NAME VALUES", help="A parameter's values, with commas; of a list one, repeatable."),
+    ] = None,
+    out: Out = None,
+    again: Annotated[bool, typer.Option("--again", help="Run finished combinations too.")] = False,
+):
+    """Execute a notebook with every combination of values; what is finished is not run again."""
+    from nbkit.batch.sweep import grid_of, sweep
+
+    outcomes = sweep(notebook, grid_of(notebook, split(p)), out, again)
+    for one in outcomes:
+        typer.echo(f"{one.outcome}: {one.copy}" if one.error is None else f"failed: {one.error}")
+    failed = [one for one in outcomes if one.error is not None]
+    if failed:
+        raise NbkitError(f"{len(failed)} of {len(outcomes)} combinations failed")
+
+
+@app.command("list")
+def list_notebooks(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default="all in notebooks/")] = None,
+):
+    """The notebooks with their questions and parameters: type, default, and what each may be."""
+    from nbkit.batch.listing import notebooks_in_words
+
+    typer.echo(notebooks_in_words(notebooks))
+
+
+@app.command()
+def results(
+    study: Annotated[str | None, typer.Argument(help="Its rows; without one, what is stored is listed.")] = None,
+    run: Annotated[str | None, typer.Option(help="Only rows that this run asked for.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file, .csv or .parquet; without one, a part is shown.")] = None,
+):
+    """The stored rows of a study as one table, with the run that each belongs to."""
+    from nbkit.records import tables
+
+    frame = tables.overview() if study is None else tables.results(study, run)
+    if out is not None:
+        typer.echo(tables.write_table(frame, out))
+    else:
+        typer.echo(frame.to_string(index=False, max_rows=None if study is None else 20, max_cols=8))
+        typer.echo(f"{len(frame)} rows, {frame.shape[1]} columns; --out FILE writes all")
+
+
+@app.command()
+def doctor():
+    """Whether this installation is sound: packages, models, GPU, Jupyter's kernel, folders."""
+    from nbkit.batch.doctor import examine
+
+    bad = 0
+    for finding in examine():
+        typer.echo(str(finding))
+        bad += finding.remedy is not None
+    if bad:
+        raise NbkitError(f"{bad} {'problem' if bad == 1 else 'problems'} found; what to do stands behind each")
+    typer.echo("all is well")
 
 
 @app.command()

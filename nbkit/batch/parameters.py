@@ -27,7 +27,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,11 @@ class Parameter:
     def __str__(self):
         return f"{self.name}: {self.kind}" + (f"  # {self.help}" if self.help else "")
 
+    @property
+    def place(self):
+        """Of what kind of place it is the name, if the comment says so: groups file, folder or model, and "or name"."""
+        return re.match(r"(file|folder|model)s?( or names?)?\b", self.help)
+
     def convert(self, value):
         """The value as the notebook will see it; a string is read as the declared type.
 
@@ -78,7 +83,7 @@ class Parameter:
 
     def located(self, value, folder):
         """The value, made absolute when it is a path; ParameterError when the path does not exist below `folder`."""
-        marked = re.match(r"(file|folder|model)s?( or names?)?\b", self.help)
+        marked = self.place
         if marked and isinstance(value, list):
             return [self.located(item, folder) for item in value]
         if not marked or not isinstance(value, str) or not value:
@@ -193,11 +198,12 @@ def _comments_below(source, line) -> list[str]:
 
 def checked(path, given: Mapping[str, object]) -> dict[str, object]:
     """The given parameters, converted, in the notebook's order; raises ParameterError for the first that is wrong."""
-    parameters = declared(path)
-    if unknown := [name for name in given if name not in parameters]:
-        listing = "".join(f"\n  {p}" for p in parameters.values()) or " none"
-        meant = nearest(unknown[0], list(parameters))
-        raise ParameterError(f"{path} has no parameter {', '.join(unknown)}{meant}; its parameters:{listing}")
+    return fitted(path, declared(path), given)
+
+
+def fitted(path, parameters: Mapping[str, Parameter], given: Mapping[str, object]) -> dict[str, object]:
+    """As `checked`, for the parameters that the notebook at `path` is known to declare."""
+    check_names(path, parameters, given)
     values = {}
     for name, parameter in parameters.items():
         if name in given:
@@ -205,6 +211,14 @@ def checked(path, given: Mapping[str, object]) -> dict[str, object]:
         else:
             parameter.located(parameter.default, Path(path).parent)
     return values
+
+
+def check_names(path, parameters: Mapping[str, Parameter], given: Iterable[str]) -> None:
+    """ParameterError, with the nearest name and a list of all, for a name that the notebook does not declare."""
+    if unknown := [name for name in given if name not in parameters]:
+        listing = "".join(f"\n  {p}" for p in parameters.values()) or " none"
+        meant = nearest(unknown[0], list(parameters))
+        raise ParameterError(f"{path} has no parameter {', '.join(unknown)}{meant}; its parameters:{listing}")
 
 
 def _parameters_cell(path):

@@ -8,6 +8,7 @@ name beside it. While the notebook runs it is called ....partial.ipynb, and afte
 plain name always means a complete run.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -28,7 +29,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from nbkit import paths
-from nbkit.batch.parameters import checked, papermill_path
+from nbkit.batch.parameters import declared, fitted, papermill_path
+from nbkit.batch.record import keep_record, record_of, run_named
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 
 NOTEBOOKS = paths.ROOT / "notebooks"
@@ -48,22 +50,13 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict())
 
 
-def kernel_with(**variables: str) -> type[OwnKernel]:
-    """An OwnKernel with these environment variables besides those of this process."""
-
-    class Kernel(OwnKernel):
-        async def start_kernel(self, **options):
-            await super().start_kernel(**options, env={**os.environ, **variables})
-
-    return Kernel
-
-
 def find_notebook(name) -> Path:
-    """The notebook at a path, or the one in notebooks/ that is called so, with or without its ending.
+    """The notebook at a path, or the one in notebooks/ whose name begins so: "01" will do.
 
-    Raises ParameterError when there is none.
+    Raises ParameterError when there is none, or more than one.
     """
-    for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb"):
+    alike = sorted(NOTEBOOKS.glob(f"{glob.escape(str(name))}*.ipynb")) if Path(name).name == str(name) else []
+    for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb", *(alike if len(alike) == 1 else [])):
         if path.is_file():
             return path
     present = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
@@ -81,23 +74,40 @@ def run_notebook(
     Raises ParameterError and ResultsError before anything runs, NotebookError when a cell fails.
     """
     path = find_notebook(path).resolve()
-    values = checked(path, parameters or {})
-    copy = writable(Path(out_dir or paths.RUNS) / path.stem) / copy_name(path.stem, values)
+    known = declared(path)
+    values = fitted(path, known, parameters or {})
+    copy = writable(copy_folder(path, out_dir)) / copy_name(path.stem, values)
+    return execute(path, known, values, copy, progress, figures=figures)
+
+
+def copy_folder(path, out_dir=None) -> Path:
+    """Where the executed copies of a notebook go."""
+    return Path(out_dir or paths.RUNS) / path.stem
+
+
+def execute(path, known, values, copy, progress=True, kernel=None, figures=None) -> Path:
+    """Execute a notebook with checked values, to `copy`; what was executed is recorded in it (record.py).
+
+    known: the parameters that the notebook declares.
+    kernel: a `kept.KeptKernel` to run in; a new one that ends with the run when None. figures: as in `run_notebook`.
+    """
     partial, failed = copy.with_suffix(".partial.ipynb"), copy.with_suffix(".failed.ipynb")
     bar = {"desc": path.stem, "leave": False, "disable": None, "position": 1} if progress else False
+    record = record_of(path, known, values)
     failure = None
     try:
-        papermill.execute_notebook(
-            papermill_path(path),
-            papermill_path(partial),
-            parameters=values,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=kernel_with(NBKIT_FIGURES=str(Path(figures or copy.with_suffix("")).resolve())),
-            start_timeout=START_SECONDS,
-            progress_bar=bar,
-            cwd=path.parent,
-        )
+        with run_named(copy.stem, path, known, values, figures or copy.with_suffix("")):
+            papermill.execute_notebook(
+                papermill_path(path),
+                papermill_path(partial),
+                parameters=values,
+                kernel_name="python3",
+                language="python",
+                **({"kernel_manager_class": OwnKernel} if kernel is None else {"km": kernel.ready()}),
+                start_timeout=START_SECONDS,
+                progress_bar=bar,
+                cwd=path.parent,
+            )
     except PapermillExecutionError as error:
         failure = describe(path, partial, f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
     except DeadKernelError:
@@ -110,6 +120,7 @@ def run_notebook(
         os.replace(partial, failed)
         raise NotebookError(f"{failure}\n  the copy up to there: {failed}")
     failed.unlink(missing_ok=True)  # of an earlier run with the same parameters
+    keep_record(partial, record)
     os.replace(partial, copy)
     return copy
 
@@ -141,13 +152,19 @@ def copy_name(stem, values) -> str:
     >>> copy_name("01_collapse", {"seed": 1, "methods": ["rome"]})
     '01_collapse--seed=1--methods=rome.ipynb'
     """
-    plain = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in values.items()}
-    name = "--".join([stem, *(f"{key}={text}" for key, text in plain.items())])
-    shown = re.sub(r"[^\w.,=+-]", "_", name)
-    if shown != name or len(shown) > LONGEST_NAME:
+    texts = {name: v if isinstance(v, list) else [v] for name, v in values.items()}
+    whole = "--".join([stem, *(f"{name}={','.join(map(str, v))}" for name, v in texts.items())])
+    short = "--".join([stem, *(f"{name}={','.join(map(_last_part, v))}" for name, v in texts.items())])
+    shown = re.sub(r"[^\w.,=+-]", "_", short)
+    if shown != whole or len(shown) > LONGEST_NAME:
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         shown = f"{shown[:LONGEST_NAME]}--{digest}"
     return f"{shown}.ipynb"
+
+
+def _last_part(value) -> str:
+    """A value as a file name can say it: of a path what it is called."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
 def writable(folder) -> Path:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
+from nbkit.models import kept
 from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
 from nbkit.records import embedded
 from nbkit.records.embedded import embedded_models
@@ -62,6 +63,11 @@ def load(
     architecture = architecture_of(config, name, side)  # refuses a model before its weights are read
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = _dtype(dtype, config, device)
+    key = (*kept.state_of(place), revision, trust_remote_code, side, str(device), str(dtype))
+    lm = kept.take(key, name, side)
+    if lm is not None:
+        _check_bos(lm)
+        return lm
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **source)
         kind = AutoModelForSeq2SeqLM if architecture.side else AutoModelForCausalLM
@@ -78,6 +84,7 @@ def load(
     _align(model)
     lm = LanguageModel.wrap(model.to(device), tokenizer, name, side)
     lm.origin = _origin(Path(place) / ORIGIN)
+    kept.lend(key, lm)
     _check_bos(lm)
     return lm
 

@@ -27,6 +27,7 @@ from nbkit import paths
 from nbkit.errors import ResultsError
 from nbkit.records.files import write_atomically
 from nbkit.records.provenance import canonical, digest, now, plain, provenance
+from nbkit.records.runs import note_units
 
 __all__ = ["Store", "Study", "provenance", "read_table"]
 
@@ -80,15 +81,19 @@ class Study:
         for unit, rows in _kept.get(folder, {}).items():
             self._admit(unit, rows)
 
+    @classmethod
+    def stored(cls, folder: Path) -> "Study":
+        """The study in a folder that `Store.study` has made, to read: its key is the one that is stored there."""
+        return cls(folder, _key_in(folder), {})
+
+    @property
+    def units(self) -> list[str]:
+        """The units whose rows are there, in the order of computing."""
+        return list(self._stored | self._unsaved)
+
     def _check_key(self) -> None:
         path = self.folder / "key.json"
-        if not path.is_file():
-            return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ResultsError(f"{path} is damaged ({error}): delete its folder to compute the study anew") from error
-        if canonical(stored) != canonical(self.key):
+        if path.is_file() and canonical(_key_in(self.folder)) != canonical(self.key):
             raise ResultsError(f"{path} holds another key than its folder's name says: delete the folder")
 
     def _read(self, part: Path) -> None:
@@ -205,7 +210,7 @@ class Study:
                         bar.update(min(1, end - bar.n))
                 self.add(unit, rows)
                 bar.update(end - bar.n)
-        return self.frame(units)
+        return self._asked(units)
 
     def complete_together(
         self,
@@ -222,6 +227,14 @@ class Study:
                 for unit, rows in compute(pending[start : start + size]):
                     self.add(unit, rows)
                     bar.update()
+        return self._asked(units)
+
+    def _asked(self, units: list[str]) -> pd.DataFrame:
+        """The rows of units that are all done, which the present run, if it is one of a notebook, is noted for."""
+        try:
+            note_units(self.folder, units)
+        except OSError as error:
+            raise self._failure(error, "the rows are stored") from error
         return self.frame(units)
 
     @contextlib.contextmanager
@@ -248,6 +261,14 @@ class Study:
     def __exit__(self, kind, error, traceback) -> None:
         if not (isinstance(error, ResultsError) and getattr(error, "study", None) is self):  # it has just failed
             self.flush()
+
+
+def _key_in(folder: Path) -> dict:
+    path = folder / "key.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} is damaged ({error}): delete its folder to compute the study anew") from error
 
 
 def _item(value: Any) -> Any:

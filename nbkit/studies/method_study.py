@@ -91,8 +91,8 @@ class MethodStudy:
         if not perplexity <= len(self.lm.tokenizer):
             warnings.warn(
                 f"{self.lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
-                f"guessing among its {len(self.lm.tokenizer)} tokens would do no worse. What edits do to it says nothing; "
-                "take texts and requests of the kind that it was trained on",
+                f"guessing among its {len(self.lm.tokenizer)} tokens would do no worse. What edits do to it says "
+                "nothing; take texts and requests of the kind that it was trained on",
                 stacklevel=3,
             )
         return perplexity

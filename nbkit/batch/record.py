@@ -1,0 +1,93 @@
+"""What an executed copy is the outcome of: notebook, parameters, code and data, recorded in its metadata.
+
+A copy whose record is that of a run to come is finished, and a sweep does not run it again. The run also has a name,
+which the rows that it stores are noted by (records/runs.py).
+"""
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+
+import nbkit
+from nbkit import paths
+from nbkit.records import embedded
+from nbkit.records.files import write_atomically
+from nbkit.records.provenance import code_version, digest, files_digest, now
+from nbkit.records.runs import SETTING
+
+FIELD = "nbkit"  # of the copy's metadata
+
+
+def record_of(path, known, values) -> dict:
+    """Everything that a run of the notebook depends on, as text and digests.
+
+    known: the parameters that it declares; values: those given. Files and model folders count by their names, sizes and
+    times, wherever a parameter or its default names one.
+    """
+    cells = [[cell.cell_type, cell.source] for cell in nbformat.read(path, as_version=4).cells]
+    whole = {name: values.get(name, parameter.default) for name, parameter in known.items() if parameter.place}
+    files = {name: [_state(item, path.parent) for item in _items(value)] for name, value in whole.items()}
+    record = {"notebook": digest(cells), "parameters": values, "code": _code(), "files": digest(files)}
+    return json.loads(json.dumps(record))  # as it comes back from the copy
+
+
+def keep_record(copy, record) -> None:
+    """Writes the record into an executed copy."""
+    executed = json.loads(Path(copy).read_text(encoding="utf-8"))
+    executed["metadata"][FIELD] = record
+    text = json.dumps(executed, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(Path(copy), lambda file: file.write(text.encode()))
+
+
+def is_finished(copy, record) -> bool:
+    """Whether there is a complete copy of exactly that run."""
+    try:
+        return json.loads(Path(copy).read_text(encoding="utf-8"))["metadata"].get(FIELD) == record
+    except (FileNotFoundError, ValueError, KeyError):  # not there, or no notebook: it is run, and written anew
+        return False
+
+
+@contextmanager
+def run_named(name, path, known, values, figures) -> Iterator[None]:
+    """Within this `with`, a kernel that starts knows which run it is, and where its figures go."""
+    parameters = {each: values.get(each, parameter.default) for each, parameter in known.items()}
+    run = {"run": name, "notebook": path.stem, "parameters": parameters, "started": now()}
+    settings = {SETTING: json.dumps(run, default=str), "NBKIT_FIGURES": str(Path(figures).resolve())}
+    before = {setting: os.environ.get(setting) for setting in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for setting, value in before.items():
+            os.environ.pop(setting)
+            if value is not None:
+                os.environ[setting] = value
+
+
+@functools.cache
+def _code() -> str:
+    """The code that rows are stored by, and that of the figures, which they are not."""
+    return digest([code_version(), files_digest(Path(nbkit.__file__).parent / "plots")])
+
+
+def _items(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _state(value, folder) -> list:
+    """What names, sizes and times of files are behind a value, if any."""
+    if not isinstance(value, str) or not value:
+        return []
+    name = value.partition("@")[0]
+    of_project: Mapping[str, str] = {**embedded.REQUESTS, **embedded.TEXTS}
+    if name in of_project:
+        place = paths.DATA / of_project[name]
+    else:
+        place = paths.DATA / "models" / name if name in embedded.embedded_models() else Path(folder, name)
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    return [[str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
