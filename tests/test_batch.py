@@ -14,7 +14,9 @@ from nbkit.batch import NOTEBOOKS
 from nbkit.batch import run as batch
 from nbkit.batch.allowed import allowed_by
 from nbkit.batch.parameters import checked, convert, declared
+from nbkit.batch.record import is_finished, keep_record, record_of
 from nbkit.batch.run import copy_name, find_notebook, run_all, run_notebook
+from nbkit.batch.sweep import combinations, grid_of
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 from nbkit.methods.table import METHODS
 
@@ -212,6 +214,37 @@ def test_methods_named_in_notebooks_are_those_that_there_are():
     assert {allowed.words for allowed in named} == {tuple(METHODS)}
 
 
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_read_from_the_command_line():
+    pairs = [("layer", "1,auto"), ("key_mode", "mixed"), ("key_mode", "plain"), ("seeds", "0,1"), ("seeds", "2")]
+    grid = grid_of(notebook("declares"), pairs)
+    assert grid == {"layer": ["1", "auto"], "key_mode": ["mixed", "plain"], "seeds": ["0,1", "2"]}
+    assert grid_of(notebook("works"), [("name", '"a, b",c')]) == {"name": ["a, b", "c"]}
+    assert len(combinations(declared(notebook("declares")), grid)) == 8
+    models = combinations(declared(notebook("declares")), {"layer": [1, 2], "model": ["a", "b"]})
+    assert [each["model"] for each in models] == ["a", "a", "b", "b"]  # each is loaded once
+    with pytest.raises(ParameterError, match="one or more values"):
+        combinations(declared(notebook("declares")), {"layer": []})
+
+
+def test_a_copy_counts_as_finished_only_for_the_same_notebook_parameters_and_files(tmp_path):
+    path, copy = tmp_path / "needs_file.ipynb", tmp_path / "copy.ipynb"
+    for place in (path, copy):
+        place.write_text(notebook("needs_file").read_text())
+    (tmp_path / "works.ipynb").write_text("{}")
+    known = declared(path)
+    assert not is_finished(copy, record_of(path, known, {"place": ""}))
+    keep_record(copy, record_of(path, known, {"place": ""}))
+    assert is_finished(copy, record_of(path, known, {"place": ""}))
+    assert not is_finished(copy, record_of(path, known, {"place": "elsewhere"}))
+    (tmp_path / "works.ipynb").write_text("{ }")  # a parameter's default names it
+    assert not is_finished(copy, record_of(path, known, {"place": ""}))
+    path.write_text(path.read_text().replace("print(", "print (", 1))
+    assert not is_finished(copy, record_of(path, known, {"place": ""}))
+
+
 # --- execution --------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +358,7 @@ def test_copy_names_are_readable_and_never_shared():
     slash, space = copy_name("nb", {"model": "a/b"}), copy_name("nb", {"model": "a b"})
     assert slash.startswith("nb--model=a_b--")
     assert slash != space
+    assert re.fullmatch(r"nb--model=mine--\w{8}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
     long = [copy_name("nb", {"text": "x" * 300 + end}) for end in "ab"]
     assert len(set(long)) == 2
     assert max(map(len, long)) < 150

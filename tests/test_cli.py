@@ -1,5 +1,6 @@
 """`python -m nbkit`: arguments, exit status and messages; runs are processes of their own, as a shell starts them."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 
 from nbkit.__main__ import main
+from nbkit.batch import doctor
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "notebooks"
@@ -61,6 +65,82 @@ def test_wrong_arguments_are_refused(arguments, status, message, tmp_path, monke
     assert message in " ".join(said.replace("│", " ").split())
     assert end.value.code == status or status == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_runs_all_combinations_in_one_kernel_and_goes_on_where_it_was(tmp_path):
+    """The notebook fails where count is 5, and prints its kernel's process."""
+    grid = ["sweep", FIXTURES / "counts.ipynb", "-p", "count", "3,4,5", "-p", "seeds", "0,1", "--out", tmp_path]
+    result = nbkit(*grid)
+    assert result.returncode == 1
+    assert "1 of 3 combinations failed" in result.stderr
+    assert "failed: counts.ipynb, cell 3 failed: ValueError: five" in result.stdout
+    copies = [tmp_path / "counts" / f"counts--count={count}--seeds=0,1.ipynb" for count in (3, 4)]
+    lines = [printed(copy) for copy in copies]
+    assert [line[0] for line in lines] == ["3 [0, 1]", "4 [0, 1]"]
+    assert len({line[1] for line in lines}) == 1, "each run had a kernel of its own"
+    assert {line[2] for line in lines} == {"none of another run"}
+    assert [line[3] for line in lines] == [copy.stem for copy in copies]
+
+    again = nbkit(*grid)
+    assert again.stdout.count("was done before") == 2
+    assert [printed(copy) for copy in copies] == lines
+
+
+def printed(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    streams = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "stream"]
+    return "".join(line for stream in streams for line in stream["text"]).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--help", "declares"], 'key_mode: str = \'mixed\'  which key [mixed | prefixed | plain]'),
+        (["run", "declares", "--help"], "n_requests: int = 120 how many of them [1..]"),
+        (["list", "declares"], "variants: list[str] = ['ROME'] compared [one or more: ROME | C-ROME]"),
+        (["sweep", "declares", "-p", "layer", "1,-2"], "layer: -2 is not allowed"),
+        (["sweep", "declares", "-p", "layre", "1,2"], "no parameter layre; did you mean 'layer'?"),
+        (["results", "single_edits"], "no rows of a study 'single_edits' are stored"),
+    ],
+)
+def test_what_the_other_commands_say(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nbkit.paths.RUNS", tmp_path)
+    words = [str(FIXTURES / "declares.ipynb") if word == "declares" else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["nbkit", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    output = capsys.readouterr().out + str(end.value.code or "")
+    assert " ".join(said.split()) in " ".join(output.split())
+
+
+def test_doctor_names_what_is_broken_and_what_to_do(monkeypatch, tmp_path, capsys):
+    for sound in ("packages", "kernel", "gpu"):  # seconds each, and the machine's own affair
+        good = doctor.Finding(sound, "sound")
+        monkeypatch.setattr(doctor, sound, lambda good=good: [good] if good.what == "packages" else good)
+    monkeypatch.setattr(sys, "argv", ["nbkit", "doctor"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code, capsys.readouterr().out
+
+    damaged = tmp_path / "data/models/miniworld-gpt2"
+    shutil.copytree(ROOT / "data/models/miniworld-gpt2", damaged)
+    shutil.copytree(ROOT / "data/miniworld", tmp_path / "data/miniworld", ignore=shutil.ignore_patterns("text.txt"))
+    weights = load_file(damaged / "model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, damaged / "model.safetensors", {"format": "pt"})
+    (tmp_path / "runs").touch()
+    monkeypatch.setattr("nbkit.paths.DATA", tmp_path / "data")
+    monkeypatch.setattr("nbkit.paths.RUNS", tmp_path / "runs" / "below-a-file")
+    with pytest.raises(SystemExit, match="2 problems found"):
+        main()
+    said = capsys.readouterr().out
+    assert "BAD model miniworld-gpt2" in said and "make miniworld MODEL=miniworld-gpt2" in said
+    assert "set NBKIT_RUNS to another one" in said
+
+
+def test_doctor_tells_a_package_of_another_version():
+    assert doctor.package(Requirement("numpy>=2")).remedy is None
+    assert "and <1 needed" in doctor.package(Requirement("numpy<1")).found
+    assert doctor.package(Requirement("no-such-package")).remedy
 
 
 def test_ctrl_c_lets_the_notebook_clean_up(tmp_path):

@@ -14,7 +14,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
 from nbkit.errors import ModelError
-from nbkit.models import loading
+from nbkit.models import kept, loading
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.loading import embedded_models, load
 
@@ -239,3 +239,51 @@ def test_the_hash_follows_an_edit_and_comes_back(make_lm, tiny, asked_before):
     with applied(tiny, Edit({tiny.weight_name(1): LowRank(torch.ones(32, 1), torch.ones(1, 48))})):
         assert tiny.hash != clean
     assert tiny.hash == clean
+
+
+# --- kept between the runs of a sweep ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """As the kernel of a sweep has it."""
+    for name in ("_free", "_lent"):
+        monkeypatch.setattr(kept, name, {})
+    monkeypatch.setenv(kept.SETTING, "1")
+
+
+def test_the_next_run_is_given_the_model_of_the_last(folder, keeping):
+    first = load(folder, device="cpu")
+    assert load(folder, device="cpu").model is not first.model  # a run's two models never share weights
+    model, first = first.model, None
+    other = load(folder, device="cpu", dtype="float64").model
+    kept.take_back()
+    again = load(folder, device="cpu", dtype="float64")
+    assert again.model is other
+    assert again.n_applied == 0
+    assert load(folder, device="cpu").model is not model  # another had been loaded since, which was kept
+
+
+def test_an_edited_model_is_not_handed_out_again(folder, keeping):
+    first = load(folder, device="cpu")
+    before, model = first.hash, first.model
+    with torch.no_grad():
+        first.weight(1).add_(1e-3)
+    kept.take_back()
+    second = load(folder, device="cpu")
+    assert second.hash == before
+    assert second.model is not model
+
+
+def test_a_model_whose_files_have_changed_is_loaded_anew(folder, keeping):
+    model = load(folder, device="cpu").model
+    kept.take_back()
+    doubled = {name: 2 * weight for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(doubled, folder / "model.safetensors", {"format": "pt"})
+    assert load(folder, device="cpu").model is not model
+
+
+def test_nothing_is_kept_outside_a_sweep(folder):
+    load(folder, device="cpu")
+    kept.take_back()
+    assert not kept._free

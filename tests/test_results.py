@@ -16,8 +16,9 @@ import pytest
 
 from nbkit import paths
 from nbkit.errors import ResultsError
-from nbkit.records import provenance, results
+from nbkit.records import provenance, results, runs, tables
 from nbkit.records.results import Store
+from nbkit.records.tables import overview, write_table
 
 KEY = {"model": "abc", "method": "rome", "seed": 0}
 UNITS = [f"unit {i}" for i in range(7)]
@@ -336,3 +337,59 @@ def test_what_makes_a_commit_dirty_is_code_and_data_not_figures_and_notebooks(tm
 def test_neither_results_nor_plots_import_torch():
     code = "import sys, nbkit.records.results, nbkit.plots; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=False).returncode == 0
+
+
+# --- one table of all rows --------------------------------------------------------------------------------------------
+
+
+def run_of(name, monkeypatch, **parameters):
+    """As the batch runner names a run."""
+    run = {"run": name, "notebook": "01_toy", "parameters": parameters, "started": "now"}
+    monkeypatch.setenv(runs.SETTING, json.dumps(run))
+
+
+@pytest.fixture
+def stored(store, monkeypatch):
+    """Rows of two keys: of two runs that share units, and of JupyterLab, which is no run."""
+    run_of("01_toy--n=2", monkeypatch, n=2, seed=5)
+    store.study("toy", {"parameters": {"layer": 1, "layers": [1, 2]}}).complete(UNITS[:2], Compute())
+    run_of("01_toy--n=3", monkeypatch, n=3, seed=5)
+    study = store.study("toy", {"parameters": {"layer": 1, "layers": [1, 2]}})
+    study.complete(UNITS[:2], Compute())  # as a notebook asks twice, for some and for others
+    study.complete(UNITS[2:3], Compute())
+    monkeypatch.delenv(runs.SETTING)
+    store.study("toy", {"parameters": {"layer": "all"}}).complete(UNITS[:1], Compute())
+    return store
+
+
+def test_the_table_of_a_study_says_which_run_each_row_belongs_to(stored):
+    table = tables.results("toy", store=stored)
+    sizes = table.groupby("run", dropna=False).agg(rows=("case_id", "size"), n=("run_n", "first"))
+    assert sizes.loc["01_toy--n=2"].tolist() == [3, 2]  # the second unit has two rows
+    assert sizes.loc["01_toy--n=3"].tolist() == [4, 3]
+    assert sizes.loc[sizes.index.isna()].to_numpy().tolist() == [[1, 1]]
+    assert set(table["notebook"].dropna()) == {"01_toy"}
+    assert set(table["run_seed"].dropna()) == {5}
+    assert set(table["parameters.layers"].dropna()) == {"[1,2]"}
+    assert table["key"].nunique() == 2
+    assert tables.results("toy", run="01_toy--n=2", store=stored)["case_id"].tolist() == [0, 1, 1]
+    assert overview(stored)["study"].tolist() == ["toy"] * 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_the_table_is_written_as_its_ending_says(stored, tmp_path, ending):
+    table = tables.results("toy", store=stored)
+    path = write_table(table, tmp_path / f"new/rows.{ending}")
+    read = pd.read_csv(path) if ending == "csv" else pd.read_parquet(path)
+    assert read.columns.tolist() == table.columns.tolist()
+    assert read["case_id"].tolist() == table["case_id"].tolist()
+    assert set(read["parameters.layer"].map(str)) == {"1", "all"}
+    with pytest.raises(ResultsError, match="ends in neither of .csv, .parquet"):
+        write_table(table, tmp_path / "rows.xls")
+
+
+def test_a_study_or_run_that_is_not_there_is_named_with_the_nearest(stored):
+    with pytest.raises(ResultsError, match="'toi'.* did you mean 'toy'"):
+        tables.results("toi", store=stored)
+    with pytest.raises(ResultsError, match="did you mean '01_toy--n=3'"):
+        tables.results("toy", run="01_toy-n=3", store=stored)

@@ -31,10 +31,10 @@ def results(study: str, run: str | None = None, store: Store | None = None) -> p
         store: where rows are stored; `runs/results` unless told otherwise.
 
     Columns: run, notebook, run_n (units that the run asked of the study: requests, orders ...), run_seed (its parameter
-    `seed`), parameters.NAME (everything in the key of the rows, lists as JSON), then the study's own columns. A row
-    that several runs asked for stands once for each: choose a run, or drop duplicates of the other columns, before
-    taking a mean. Run and notebook are empty for rows that no run of `python -m nbkit run` asked for, as in JupyterLab;
-    run_n is then their number of units.
+    `seed`), key (the folder of the rows: those of one key differ in their unit only), parameters.NAME (everything in
+    that key's parameters, lists as JSON), then the study's own columns. A row that several runs asked for stands once
+    for each: choose a run, or drop duplicates of the other columns, before taking a mean. Run and notebook are empty
+    for rows that no run of `python -m nbkit run` asked for, as in JupyterLab; run_n is then their number of units.
 
     Raises ResultsError for a study or run that is not there, and for a damaged file.
     """
@@ -103,7 +103,7 @@ def _of_run(study: Study, run: dict) -> pd.DataFrame:
     units = [unit for unit in run["units"] if study.done(unit)]  # those of a run that goes on are not all there yet
     rows = study.frame(units).drop(columns="parameters", errors="ignore")
     about = {"run": run["run"], "notebook": run["notebook"], "run_n": len(units)}
-    about |= {"run_seed": run["parameters"].get("seed")}
+    about |= {"run_seed": run["parameters"].get("seed"), "key": study.folder.name}
     for name, value in study.key.get("parameters", {}).items():
         about[f"parameters.{name}"] = canonical(value) if isinstance(value, dict | list) else value
     return pd.concat([pd.DataFrame([about] * len(rows), index=rows.index), rows], axis=1)
