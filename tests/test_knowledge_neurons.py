@@ -1,7 +1,9 @@
 """Knowledge neurons: attributions equal a plain loop of autograd, and the named columns change by the formula."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,14 +11,20 @@ from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, PromptError
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods import knowledge_neurons
-from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, attributions, knowledge_neurons_each
+from nbkit.methods.knowledge_neurons import (
+    ATTRIBUTED,
+    KnowledgeNeuronParameters,
+    attributions,
+    knowledge_neurons_each,
+)
 from nbkit.methods.method import MethodSettings
 from nbkit.models.blocks import adds_value
 from nbkit.models.hooks import capture
+from nbkit.models.loading import load
 from nbkit.records.requests import EditRequest
 
 PUBLISHED = KnowledgeNeuronParameters(
-    adaptive_threshold=0.2, refine=False, n_prompts=5, p=0.4, n_steps=20, factor=2.0
+    adaptive_threshold=0.2, refine=False, n_prompts=5, p=0.4, n_steps=20, factor=2.0, attributed="activation"
 )  # fmt: skip
 
 
@@ -25,14 +33,25 @@ def settings(lm, templates=("{}",), batch_size=None, **changes) -> MethodSetting
     return MethodSettings("kn", parameters, list(templates), SecondMoments(None, lm), batch_size=batch_size)
 
 
-def probability(lm, row, token, layer=None, key=None) -> torch.Tensor:
-    """P(token) after a row, with the last token's key of a layer put in its place."""
+FIRST = {"gpt2": "mlp.c_fc", "gptj": "mlp.fc_in", "gpt_neox": "mlp.dense_h_to_4h", "phi": "mlp.fc1", "opt": "fc1"}
 
-    def put(_module, args):
-        keys = args[0].reshape(len(row), -1)
-        return (torch.cat([keys[:-1], key[None]]).reshape(args[0].shape),)
 
-    handle = lm.projection(layer).register_forward_pre_hook(put) if key is not None else None
+def first_matrix(lm, layer) -> torch.nn.Module:
+    """The module whose output the activation is of."""
+    return lm.block(layer).get_submodule(FIRST.get(lm.config.model_type, "mlp.gate_proj"))
+
+
+def probability(lm, row, token, layer=None, key=None, pre_activation=False) -> torch.Tensor:
+    """P(token) after a row, with the last token's key of a layer put in its place, or its pre-activation."""
+
+    def put(states):
+        return torch.cat([states.reshape(len(row), -1)[:-1], key[None]]).reshape(states.shape)
+
+    handle = None
+    if key is not None and pre_activation:
+        handle = first_matrix(lm, layer).register_forward_hook(lambda _module, _args, output: put(output))
+    elif key is not None:
+        handle = lm.projection(layer).register_forward_pre_hook(lambda _module, args: (put(args[0]),))
     try:
         return lm.model(torch.tensor([row]), use_cache=False).logits[0, -1].softmax(-1)[token]
     finally:
@@ -40,16 +59,17 @@ def probability(lm, row, token, layer=None, key=None) -> torch.Tensor:
             handle.remove()
 
 
-def reference(lm, row, token, n_steps) -> torch.Tensor:
+def reference(lm, row, token, n_steps, pre_activation=False) -> torch.Tensor:
     """Attributions (layer, d_mlp) by one pass and one backward pass for each layer and each step."""
     found = []
     for layer in range(lm.n_layers):
-        with capture(lm.projection(layer), "input", shape=(1, len(row))) as kept:
+        watched = (first_matrix(lm, layer), "output") if pre_activation else (lm.projection(layer), "input")
+        with capture(*watched, shape=(1, len(row))) as kept:
             lm.model(torch.tensor([row]), use_cache=False)
         key, total = kept.value[0, -1], 0
         for step in range(n_steps):
             scaled = (key * (step / max(n_steps - 1, 1))).requires_grad_()
-            (gradient,) = torch.autograd.grad(probability(lm, row, token, layer, scaled), scaled)
+            (gradient,) = torch.autograd.grad(probability(lm, row, token, layer, scaled, pre_activation), scaled)
             total = total + gradient
         found.append(key * total / n_steps)
     return torch.stack(found)
@@ -63,19 +83,56 @@ def named_neurons(edit) -> list[tuple[int, int]]:
     return [tuple(map(int, name.split(":"))) for name in edit.info["neurons"].split(", ")]
 
 
+@pytest.mark.parametrize("attributed", ATTRIBUTED)
 @pytest.mark.parametrize("whole", [False, True])
-def test_attributions_equal_a_plain_loop(lm, requests, tolerance, whole, monkeypatch):
+def test_attributions_equal_a_plain_loop(lm, requests, tolerance, whole, attributed, monkeypatch):
     if whole:
         lm.replayable = False
         monkeypatch.setattr("nbkit.models.replay.Replay", None)
     rows = [lm.tokenizer(request.text).input_ids for request in requests] + [[7]]  # one of a single token
     tokens = [ids(lm, "Krela")[0], ids(lm, "harp")[0], ids(lm, "French")[0], 9]
     for n_steps in (1, 4):
-        found = attributions(lm, rows, tokens, n_steps)
+        found = attributions(lm, rows, tokens, n_steps, attributed)
         assert found.shape == (4, lm.n_layers, lm.d_mlp)
         for row, token, of_row in zip(rows, tokens, found, strict=True):
-            expected = reference(lm, row, token, n_steps)
-            assert (of_row - expected).norm() < 10 * tolerance * expected.norm()
+            expected = reference(lm, row, token, n_steps, attributed == "pre_activation")
+            assert (of_row - expected).norm() <= 10 * tolerance * expected.norm()  # 0 of a ReLU at α = 0
+
+
+def test_attributions_equal_the_published_implementation(shared):
+    """Which asks for every token of the answer, without a space before it, behind the prompt alone."""
+    folder = shared / "oracles"
+    lm = load(folder / "model", device="cpu", dtype="float32")
+    with np.load(folder / "kn.npz") as stored:
+        for i, record in enumerate(json.loads((folder / "requests_kn.json").read_text())):
+            row = lm.tokenizer(record["text"]).input_ids
+            answer = lm.tokenizer(record["target_true"], add_special_tokens=False).input_ids
+            found = attributions(lm, [row] * len(answer), answer, 20, "pre_activation").mean(0)
+            expected = torch.from_numpy(stored[f"scores_{i}"])
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), i
+            of_prompt = knowledge_neurons._neurons(found[None], PUBLISHED)
+            assert of_prompt == [tuple(place) for place in stored[f"neurons_{i}"].tolist()]
+
+
+def test_the_edit_is_of_the_neurons_of_what_is_attributed(tiny, requests):
+    row, (token,) = tiny.tokenizer(requests[0].text).input_ids, ids(tiny, requests[0].target_true)
+    found = {}
+    for attributed in ATTRIBUTED:
+        (made,) = knowledge_neurons_each(tiny, requests[:1], settings(tiny, attributed=attributed))
+        scores = reference(tiny, row, token, 20, attributed == "pre_activation")
+        assert [list(place) for place in named_neurons(made)] == (scores > 0.2 * scores.max()).nonzero().tolist()
+        found[attributed] = made.info["neurons"]
+    assert found["activation"] != found["pre_activation"]
+
+
+def test_the_columns_change_by_the_factor(tiny, requests):
+    embedding = tiny.model.get_input_embeddings().weight
+    new, old = (embedding[ids(tiny, text)].sum(0) for text in (requests[0].target_new, requests[0].target_true))
+    for factor in (0.5, 3.0):
+        (made,) = knowledge_neurons_each(tiny, requests[:1], settings(tiny, factor=factor))
+        for delta in made.deltas.values():
+            columns = delta.dense()[:, delta.dense().any(0)]
+            torch.testing.assert_close(columns, (factor * (new - old))[:, None].expand_as(columns))
 
 
 def test_attributions_add_up_to_what_the_key_does(lm, requests):
@@ -189,6 +246,7 @@ def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
         ({"n_steps": 0}, "n_steps must be a whole number from 1 on, not 0"),
         ({"n_prompts": 0}, "n_prompts must be a whole number from 1 on"),
         ({"factor": 0.0}, "factor must be a number above 0"),
+        ({"attributed": "key"}, "attributed must be one of activation, pre_activation, not 'key'"),
         ({"refine": 1}, "refine must be True or False, not 1"),
     ],
 )

@@ -76,7 +76,8 @@ EMMET = {**MEMIT, "ridge": 0.1, "ridge_of_one": False}
 ALPHAEDIT = {**MEMIT, **VALUES, "second_moment_weight": 0.0, "norm_weight": 10.0, "nullspace_threshold": 0.02,
              "key_cache": True}  # fmt: skip
 FT = {"objective": "prompt_last", "n_steps": 25, "lr": 5e-4, "weight_decay": 0.0, "early_stop_loss": 1e-2, "bias": True}
-KN = {"adaptive_threshold": 0.2, "refine": False, "n_prompts": 10, "p": 0.4, "n_steps": 20, "factor": 2.0}
+KN = {"adaptive_threshold": 0.2, "refine": False, "n_prompts": 10, "p": 0.4, "n_steps": 20, "factor": 2.0,
+      "attributed": "activation"}  # fmt: skip
 PUBLISHED = [
     ("ft", XL, {**FT, "layers": (0,), "norm_constraint": 5e-4}),
     ("ft", GPT_J, {**FT, "layers": (21,), "norm_constraint": 5e-5}),

@@ -1,6 +1,7 @@
 """Perplexity and edit metrics against plain loops: one text at a time, no padding, probabilities token by token."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,19 @@ def test_metrics_see_an_edit_and_locality_compares_with_the_unedited_model(tiny,
     assert row["efficacy"] == row["efficacy_argmax"] == row["reliability"] == 1
     assert row["locality"] < 1
     assert row["target_probability"] > 10 * unchanged["target_probability"]
+
+
+def test_first_choices_are_held_against_what_is_expected_at_each_prompt(tiny, full_request):
+    """In a model that says "drum" whatever it reads: the new target on the prompts, the true answer on neighbours."""
+    (token,) = target_ids(tiny, "drum")
+    with torch.no_grad():
+        tiny.model.transformer.ln_f.weight.zero_()
+        tiny.model.transformer.ln_f.bias.copy_(tiny.model.lm_head.weight[token])
+    other = replace(full_request, target_new="harp", target_true="drum", neighborhood_targets=("drum", "Krela"))
+    says_it, says_the_old = edit_metrics(tiny, [full_request, other]).to_dict("records")
+    names = ("efficacy_argmax", "paraphrase_argmax", "neighborhood_argmax", "reliability", "generalization")
+    assert [says_it[name] for name in names] == [1, 1, 0, 1, 1]
+    assert [says_the_old[name] for name in names] == [0, 0, 0.5, 0, 0]
 
 
 def test_the_prefix_goes_before_the_rewrite_prompt_only(tiny, full_request):

@@ -15,6 +15,7 @@ from nbkit.methods.verbs import edit
 from nbkit.models import prompts
 from nbkit.models.prompts import context_templates
 from nbkit.records import results
+from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import method_study, metrics, sequential, single
@@ -123,6 +124,19 @@ def test_requests_are_asked_behind_prefixes_that_no_edit_was_computed_with(lm, s
     for name in method_study.BEHIND_PREFIXES:
         expected = np.mean([one[name][0] for one in of_first])
         assert frame[f"{name}_prefixed"][0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_prefixes_of_a_request_are_drawn_by_its_content(lm, store, monkeypatch):
+    """So that it is asked the same whatever is asked beside it, and different requests mostly differently."""
+    asked = Counted(monkeypatch, "edit_metrics", metrics)
+    frame = studies.single_edits(lm, REQUESTS[::-1], TEXTS, store=store, **FAST)
+    unseen = json.loads(frame["parameters"][0])["asked_behind"]
+    _, *behind = [named.get("prefix") for named in asked.named]
+    drawn = [list(prefixes) for prefixes in zip(*behind, strict=True)]
+    for request, prefixes in zip(REQUESTS[::-1], drawn, strict=True):
+        first = int(digest(request), 16)
+        assert prefixes == [unseen[(first + i) % len(unseen)] for i in range(3)]
+    assert len({tuple(prefixes) for prefixes in drawn}) > 1
 
 
 def test_other_prefixes_to_ask_behind_make_another_study(lm, store, monkeypatch):

@@ -16,10 +16,22 @@ of W of each neuron i then changes by
 
     W[:, i] += factor (Σ e(target_new's tokens) - Σ e(the answer's tokens)),      e the rows of the input embedding
 
-Dai et al., Knowledge Neurons in Pretrained Transformers, as in the published editing code, apart from two things: that
-appends the model's own choices to the prompt, not the answer's earlier tokens, and takes away those, not the answer.
-n_steps=1 is the gradient at α = 0 alone, as in its settings for Llama. Where a norm follows the projection (Gemma's),
-what the key does happens all at very small α, and the step at α = 0 outweighs the others.
+Dai et al., Knowledge Neurons in Pretrained Transformers, whose neuron is the activation. The released editing code
+(EleutherAI/knowledge-neurons, and the two papers' copies of it) differs, and where this module does not follow it:
+
+| what                       | released code                              | here                              |
+|----------------------------|--------------------------------------------|-----------------------------------|
+| what α is before           | the pre-activation                         | k, or that: `attributed`          |
+| an answer's several tokens | each asked behind the prompt alone         | each behind the earlier ones      |
+| space before a target      | none                                       | one, as in every method here      |
+| taken from W[:, i]         | 2 e(its first choice behind the prompt)    | factor Σ e(the answer's tokens)   |
+| added to W[:, i]           | 2 e(target_new), of several tokens 1 Σ e   | factor Σ e(target_new's tokens)   |
+
+With "pre_activation" the a of k = σ(a) takes the place of k: attribution = a ⊙ mean over α of ∂P/∂(α a), where α a
+makes the key; where a gate is activated, a is the gate's, and what it multiplies stays. That equals the released code's
+arrays for the same tokens asked at the same place. n_steps=1 is the gradient at α = 0 alone, as in its settings for
+Llama. Where a norm follows the projection (Gemma's), what the key does happens all at very small α, and the step at
+α = 0 outweighs the others.
 
 `Edit.info` holds n_neurons, neurons ("layer:index, ..."), update_norm ‖ΔW‖_F over all layers, answer (whose neurons
 they are) and subject_kind.
@@ -36,8 +48,10 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import widened
+from nbkit.methods.mend.hypernetwork import mlp_weights
 from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
 from nbkit.models.continuations import Continuation
+from nbkit.models.hooks import capture, replace
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
 from nbkit.models.prefixes import Prefixes
@@ -46,6 +60,8 @@ from nbkit.models.replay import can_replay, passes_of
 from nbkit.models.rows import EditedRows
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
+
+ATTRIBUTED = ("activation", "pre_activation")
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class KnowledgeNeuronParameters(Bounded):
     p: float = bounded(least=0, below=1)  # with refine
     n_steps: int = bounded(least=1)  # of the integral
     factor: float = bounded(above=0)
+    attributed: str = bounded(choices=ATTRIBUTED)  # the neuron: its activation, or what the activation is of
 
 
 def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
@@ -77,7 +94,7 @@ def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], s
         rows = [prompt.row[: token + 1] for prompt in prompts for token in prompt.predicting]
         tokens = [token for prompt in prompts for token in prompt.target]
         n_rows = [n_prompts * len(asked[place][0].target) for place in places]
-        of_requests = attributions(lm, rows, tokens, parameters.n_steps).split(n_rows)
+        of_requests = attributions(lm, rows, tokens, parameters.n_steps, parameters.attributed).split(n_rows)
         by_prompt = [scores.unflatten(0, (n_prompts, -1)).mean(1) for scores in of_requests]
         return [
             _edit_of_neurons(lm, requests[place], asked[place][0].target, scores, settings)
@@ -85,16 +102,23 @@ def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], s
         ]
 
     lengths = [prompts[0].predicting[0] for prompts in asked]
-    return in_order(batches_by_cost(settings, lengths, _requests_at_once(lm, asked, parameters.n_steps), edits, "kn"))
+    return in_order(batches_by_cost(settings, lengths, _requests_at_once(lm, asked, parameters), edits, "kn"))
 
 
 def attributions(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], tokens: Sequence[int], n_steps: int
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    n_steps: int,
+    attributed: str = "activation",
 ) -> Float[Tensor, "row layer d_mlp"]:
     """How much each neuron at the last token of each row (of token ids) speaks for the token that shall follow.
 
     A key α k gives the value W k + b + (α - 1) W k, so it is the value that is changed, and its gradient times W is the
     key's. All values of α of all rows run side by side, layer by layer; the tokens before the last are read only once.
+
+    attributed: one of ATTRIBUTED, what α is before. For a pre-activation the key that it makes is found by a pass up
+    to the layer.
     """
     number = [row for row in range(len(rows)) for _ in range(n_steps)]
     repeated = [list(rows[row]) for row in number]
@@ -108,12 +132,39 @@ def attributions(
     for layer in range(lm.n_layers):
         passes = passes_of(lm, layer, asked, prefixes)
         weight = widened(lm.oriented(lm.weight_name(layer)))  # (d_model, d_mlp)
-        keys = widened(passes.keys)
-        deltas = ((alpha - 1) * (keys @ weight.T)).requires_grad_()
+        neurons = widened(passes.keys)
+        if attributed == "activation":
+            scaled = deltas = ((alpha - 1) * (neurons @ weight.T)).requires_grad_()
+        else:
+            neurons, scaled, made = _keys_of_pre_activations(lm, layer, repeated, alpha)
+            deltas = (made - widened(passes.keys)) @ weight.T
         probability = widened(passes.logits(deltas)).softmax(-1).gather(1, wanted)
-        (gradient,) = torch.autograd.grad(probability.sum(), deltas)
-        scores[:, layer] = (keys * (gradient @ weight)).unflatten(0, (len(rows), n_steps)).mean(1)
+        (gradient,) = torch.autograd.grad(probability.sum(), scaled)
+        gradient = gradient @ weight if attributed == "activation" else gradient
+        scores[:, layer] = (neurons * gradient).unflatten(0, (len(rows), n_steps)).mean(1)
     return scores
+
+
+def _keys_of_pre_activations(
+    lm: LanguageModel, layer: int, rows: Sequence[Sequence[int]], alpha: Float[Tensor, "row 1"]
+) -> tuple[Float[Tensor, "row d_mlp"], ...]:
+    """At each row's last token: the pre-activation a, α a, and the key that α a makes, differentiable in α a.
+
+    a is what the first of the MLP's matrices says; where a gate is activated, that is the gate.
+    """
+    batch, kept = pad(lm, rows), {}
+    at = torch.arange(len(rows), device=lm.device), batch.columns([len(row) - 1 for row in rows])
+
+    def scale(states: Float[Tensor, "row position d_mlp"]) -> Float[Tensor, "row position d_mlp"]:
+        kept["a"] = widened(states[at])
+        kept["scaled"] = (alpha * kept["a"]).requires_grad_()
+        return states.index_put(at, kept["scaled"].to(states.dtype))
+
+    first = lm.model.get_submodule(next(iter(mlp_weights(lm, layer))).removesuffix(".weight"))
+    with replace(first, scale, shape=batch.shape):
+        with capture(lm.projection(layer), "input", stop=True, shape=batch.shape) as key:
+            lm.logits(batch, keep=1)
+    return kept["a"], kept["scaled"], widened(key.value[at])
 
 
 def _answer_behind(lm: LanguageModel, request: EditRequest, templates: Sequence[str]) -> list[Continuation]:
@@ -134,12 +185,15 @@ def _first_choice(lm: LanguageModel, row: Sequence[int]) -> int:
     return int(logits.argmax())
 
 
-def _requests_at_once(lm: LanguageModel, asked: Sequence[Sequence[Continuation]], n_steps: int) -> int:
+def _requests_at_once(
+    lm: LanguageModel, asked: Sequence[Sequence[Continuation]], parameters: KnowledgeNeuronParameters
+) -> int:
     n_rows = max((len(prompts) * len(prompts[0].target) for prompts in asked), default=1)
     longest = max((len(prompt.row) for prompts in asked for prompt in prompts), default=1)
-    run, earlier = (1, longest) if can_replay(lm) else (longest, 0)
+    short = can_replay(lm) and parameters.attributed == "activation"
+    run, earlier = (1, longest) if short else (longest, 0)
     row = Footprint(run, earlier, lm.n_layers, 1, backward=True)
-    return budget(lm.device) // (n_rows * n_steps * row.bytes(lm))
+    return budget(lm.device) // (n_rows * parameters.n_steps * row.bytes(lm))
 
 
 def _neurons(
