@@ -148,7 +148,7 @@ async def _answer(manager: OwnKernel) -> str:
 
 def folders() -> Iterator[Finding]:
     """The folders that runs and figures are written to."""
-    for folder, setting in ((paths.RUNS, "NBKIT_RUNS"), (paths.FIGURES, "NBKIT_FIGURES")):
+    for folder, setting in ((paths.RUNS, "NBKIT_RUNS"), (paths.figures(paths.ROOT / "figures"), "NBKIT_FIGURES")):
         there = next(each for each in (folder, *folder.parents) if each.exists())  # a run makes what is missing
         try:
             with tempfile.TemporaryFile(dir=there) as file:
