@@ -95,7 +95,7 @@ def printed(path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "--help", "declares"], 'key_mode: str = \'mixed\'  which key [mixed | prefixed | plain]'),
+        (["run", "--help", "declares"], "key_mode: str = 'mixed'  which key [mixed | prefixed | plain]"),
         (["run", "declares", "--help"], "n_requests: int = 120 how many of them [1..]"),
         (["list", "declares"], "variants: list[str] = ['ROME'] compared [one or more: ROME | C-ROME]"),
         (["sweep", "declares", "-p", "layer", "1,-2"], "layer: -2 is not allowed"),
