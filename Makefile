@@ -7,8 +7,12 @@ MODEL  ?= miniworld-gpt2
 PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
 
+# what JupyterLab adds to a notebook's metadata, besides outputs
+OF_LAB := metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution \
+          $(foreach key,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version,metadata.language_info.$(key))
+
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab miniworld clean
+.PHONY: help figures test lab filter miniworld clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -21,8 +25,15 @@ test: $(STAMP) ## lint, then run the tests
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
+lab: $(STAMP) filter ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+# What JupyterLab writes into a notebook that is opened, run and saved is no change of it for git.
+filter:
+	@if attributes=$$(git rev-parse --git-path info/attributes 2>/dev/null); then \
+	  git config filter.nbstripout.clean '"$(abspath $(RUN))" -m nbstripout --keep-id --extra-keys "$(strip $(OF_LAB))"'; \
+	  git config filter.nbstripout.smudge cat; \
+	  grep -qs 'filter=nbstripout' "$$attributes" || echo '*.ipynb filter=nbstripout' >> "$$attributes"; fi
 
 # glibc gives the large tensors of each step back to the system and asks for them anew, unless told to keep them
 miniworld: $(STAMP) ## train an embedded model anew (resumes); MODEL=miniworld-llama takes another

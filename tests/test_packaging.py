@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -163,3 +164,29 @@ def test_without_a_cpu_build_nothing_is_downloaded_and_the_message_says_what_to_
     with pytest.raises(SystemExit, match="NBKIT_TORCH=cuda"):
         install.install_torch("cpu", NEEDS)
     assert installed == ["uv"]
+
+
+def test_a_notebook_that_lab_has_run_and_saved_is_no_change_for_git(tmp_path):
+    """`make filter`, which `make lab` runs, tells git what of a saved notebook is not the notebook."""
+    name = "01_single_edit_collapse.ipynb"
+    for path in (ROOT / "Makefile", ROOT / "notebooks" / name):
+        shutil.copy(path, tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    subprocess.run(["make", "-C", str(tmp_path), "filter", f"RUN={sys.executable}"], check=True, capture_output=True)
+    saved = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+    saved["metadata"]["language_info"] |= {
+        "codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "mimetype": "text/x-python",
+        "nbconvert_exporter": "python", "pygments_lexer": "ipython3", "version": "3.11.7",
+    }  # fmt: skip
+    saved["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    code = next(cell for cell in saved["cells"] if cell["cell_type"] == "code")
+    code |= {"execution_count": 3, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["said"]}]}
+    code["metadata"]["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    (tmp_path / name).write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    changed = subprocess.run([*git, "diff", "--stat"], check=True, capture_output=True, text=True).stdout
+    assert changed == ""
+    code["source"] = ["other"]
+    (tmp_path / name).write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert name in subprocess.run([*git, "diff", "--stat"], check=True, capture_output=True, text=True).stdout

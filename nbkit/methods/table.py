@@ -7,6 +7,7 @@ from nbkit.methods.memit import MemitParameters, memit_each, memit_together
 from nbkit.methods.mend import MendParameters, mend_each, mend_files, mend_together
 from nbkit.methods.method import Method
 from nbkit.methods.rome import RomeParameters, rome
+from nbkit.records.bounds import nearest
 
 METHODS: dict[str, Method] = {
     "ft": Method(FinetuneParameters, finetune_each, finetune_together),
@@ -22,5 +23,5 @@ METHODS: dict[str, Method] = {
 
 def method_named(name: str) -> Method:
     if name not in METHODS:
-        raise MethodError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise MethodError(f"unknown method {name!r}; known: {', '.join(METHODS)}{nearest(name, list(METHODS))}")
     return METHODS[name]
