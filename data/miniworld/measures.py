@@ -54,7 +54,7 @@ def filled_in(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str],
     them.
     """
     asked = lm.tokenizer([f"{SENTINELS[-1]} {target}" for target in targets], add_special_tokens=False).input_ids
-    read, correct = tokenize(lm, [f"{prompt} {SENTINELS[-1]}." for prompt in prompts]), []
+    read, correct = tokenize(lm, [f"{prompt}{SENTINELS[-1]}." for prompt in prompts]), []
     for first in range(0, len(read), batch_size):
         rows = slice(first, first + batch_size)
         texts, answers = pad(lm, read[rows]), pad(lm, asked[rows])
