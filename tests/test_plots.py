@@ -333,8 +333,8 @@ def test_kinds_of_file_and_style_are_the_user_s_to_set(ax, tmp_path, monkeypatch
     monkeypatch.setenv("NBKIT_FIGURE_FORMATS", "png, svg")
     written = plots.save_figure(ax.figure, "toy", "Toy.")
     assert written == [tmp_path / "mine" / file for file in ("toy.md", "toy.svg", "toy.png")]
-    monkeypatch.setenv("NBKIT_FIGURE_FORMATS", "gif")
-    with pytest.raises(ResultsError, match="NBKIT_FIGURE_FORMATS is 'gif'; name some of .*svg"):
+    monkeypatch.setenv("NBKIT_FIGURE_FORMATS", "docx")
+    with pytest.raises(ResultsError, match="NBKIT_FIGURE_FORMATS is 'docx'; name some of .*svg"):
         plots.save_figure(ax.figure, "toy", "Toy.")
     (tmp_path / "own.mplstyle").write_text("font.family: serif\n")
     monkeypatch.setenv("NBKIT_STYLE", str(tmp_path / "own.mplstyle"))

@@ -134,7 +134,8 @@ def test_the_prefixes_of_a_request_are_drawn_by_its_content(lm, store, monkeypat
     _, *behind = [named.get("prefix") for named in asked.named]
     drawn = [list(prefixes) for prefixes in zip(*behind, strict=True)]
     for request, prefixes in zip(REQUESTS[::-1], drawn, strict=True):
-        first = int(digest(request), 16)
+        asked_of = {name: value for name, value in vars(request).items() if name != "generation_prompts"}
+        first = int(digest(asked_of), 16)
         assert prefixes == [unseen[(first + i) % len(unseen)] for i in range(3)]
     assert len({tuple(prefixes) for prefixes in drawn}) > 1
 

@@ -13,7 +13,6 @@ import pandas as pd
 from miniworld.efficacy import TAKEN, TOLERANCE, chosen, efficacy_sweep, unreported_requests
 from miniworld.families import FAMILIES
 from miniworld.measures import SENTENCE, UNSEEN, edit_sweep, first_token_regime, recall, sweep_table
-from miniworld.tokenizer import END
 from miniworld.train import CHECKPOINT_EVERY
 from miniworld.world import World
 from nbkit.architectures import Side
@@ -62,7 +61,7 @@ def made(lm: LanguageModel, world: World, folder: Path) -> str:
         n_parameters=f"{sum(weight.numel() for weight in lm.model.parameters()):,}",
         megabytes=f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
         vocabulary=f"{len(lm.tokenizer):,}",
-        writes=family.text.replace("$A", "text").replace(END, f"`{END}`"),
+        writes=f"writes a text as `{family.text.replace('$A', 'text')}`" if family.text != "$A" else "adds none to a text",
         n_tokens=f"{log[-1]['tokens']:,}",
         n_steps=f"{log[-1]['step']:,}",
         device=log[-1]["device"].upper(),
