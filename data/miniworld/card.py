@@ -50,6 +50,7 @@ def made(lm: LanguageModel, world: World, folder: Path) -> str:
     recipe = json.loads((folder / "recipe.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     family = FAMILIES[recipe["family"]]
+    written = family.text.replace("$A", "text")
     return Template((HERE / "card_made.md").read_text(encoding="utf-8")).substitute(
         name=folder.name,
         n_facts=f"{len(world.facts):,}",
@@ -61,7 +62,7 @@ def made(lm: LanguageModel, world: World, folder: Path) -> str:
         n_parameters=f"{sum(weight.numel() for weight in lm.model.parameters()):,}",
         megabytes=f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
         vocabulary=f"{len(lm.tokenizer):,}",
-        writes=f"writes a text as `{family.text.replace('$A', 'text')}`" if family.text != "$A" else "adds none to a text",
+        writes="adds none to a text" if family.text == "$A" else f"writes a text as `{written}`",
         n_tokens=f"{log[-1]['tokens']:,}",
         n_steps=f"{log[-1]['step']:,}",
         device=log[-1]["device"].upper(),
