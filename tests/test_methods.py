@@ -17,7 +17,7 @@ from nbkit.keys.moments import default_second_moments
 from nbkit.methods import hparams
 from nbkit.methods.hparams import hyper_parameters, published_layers
 from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
-from nbkit.methods.setup import setup
+from nbkit.methods.setups import setup
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, edit_batch, edit_sequence
 from nbkit.models import prompts

@@ -1,7 +1,7 @@
 """The editing methods, one file each, and the verbs that run them."""
 
 from nbkit.methods.hparams import hyper_parameters
-from nbkit.methods.setup import setup
+from nbkit.methods.setups import setup
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import edit, edit_batch, edit_sequence
 

@@ -21,7 +21,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
 from nbkit.keys.moments import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
-from nbkit.methods.setup import in_words
+from nbkit.methods.setups import in_words
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, needed_moments
 from nbkit.models import prompts
