@@ -214,6 +214,17 @@ def test_ratios_compare_within_a_repeat_and_setting():
     assert table.loc["other", "edit", "replay", 8]["ratio"] == 1
 
 
+def test_ratios_over_whole_passes_leave_the_plain_loop_out():
+    frame = frame_of(
+        ("edit", "plain", 1, 0, 9.0), ("edit", "whole passes", 1, 0, 2.0), ("edit", "whole passes", 1, 1, 3.0),
+        ("edit", "replay", 8, 0, 0.5), ("edit", "replay", 8, 1, 0.5),
+    )  # fmt: skip
+    table = speed.ratios(frame, over="whole passes")
+    assert table["path"].tolist() == ["replay"]
+    np.testing.assert_allclose(table[["ratio", "low", "high"]].iloc[0].astype(float), [5, 4, 6])
+    assert speed.ratios(frame)["path"].tolist() == ["whole passes", "replay"]
+
+
 def test_growth_is_summed_over_requests():
     frame = frame_of(*(("growth", "replay", n, 0, seconds) for n, seconds in [(64, 1.0), (128, 2.0), (160, 4.0)]))
     frame["items"], frame["peak_memory"] = [64, 64, 32], [3, 2, 5]

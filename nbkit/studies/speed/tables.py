@@ -7,20 +7,23 @@ import pandas as pd
 
 COUNTERFACT = 21_919  # requests in CounterFact, which results are extrapolated to
 SETTING = ["model", "device", "dtype", "threads"]  # what two rows must share to be compared
-AGAINST = {"screen": "edit"}  # what of the plain path a row is compared to, if not the same
+AGAINST = {"screen": "edit"}  # what of the other path a row is compared to, if not the same
 
 
-def ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """How many times faster than the plain loop: one row per setting, what, path and n, of rows measured in one run.
+def ratios(frame: pd.DataFrame, over: str = "plain") -> pd.DataFrame:
+    """How many times faster than a path: one row per setting, what, path and n, of rows measured in one run.
+
+    over: that path: "whole passes", which is what a user of published code has, or the "plain" loop.
 
     Compared are the measurements of the same repeat. Columns: repeats, seconds_per_item (median), ratio (median), low
     and high (least and largest).
     """
     same = [*SETTING, "against", "repeat"]
     frame = frame.assign(against=frame["what"].replace(AGAINST))
-    plain = frame[frame["path"] == "plain"].set_index([*SETTING, "what", "repeat"])["seconds_per_item"]
-    others = frame[frame["path"] != "plain"].join(plain.rename_axis(same).rename("plain_seconds"), on=same, how="inner")
-    others["ratio"] = others["plain_seconds"] / others["seconds_per_item"]
+    slow = frame[frame["path"] == over].set_index([*SETTING, "what", "repeat"])["seconds_per_item"]
+    others = frame[~frame["path"].isin(["plain", over])]
+    others = others.join(slow.rename_axis(same).rename("slow_seconds"), on=same, how="inner")
+    others["ratio"] = others["slow_seconds"] / others["seconds_per_item"]
     by = others.groupby([*SETTING, "what", "path", "n"], sort=False)
     return by.agg(
         repeats=("ratio", "size"), seconds_per_item=("seconds_per_item", "median"), ratio=("ratio", "median"),
