@@ -3,6 +3,7 @@
 `COMMAND --help` says more; `run NOTEBOOK --help` lists the parameters of that notebook.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from nbkit.errors import NbkitError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Out = Annotated[Path | None, typer.Option(help="Folder for executed notebooks.", show_default="runs/")]
+Hparams = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="TOML of your own, in the form of nbkit's.")
+]
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; repeatable.")]
 
 
@@ -66,11 +70,18 @@ def by_name(pairs: list[str] | None) -> dict[str, str]:
     return values
 
 
+def own_hparams(file: Path | None) -> None:
+    """Has the methods read that file of hyper-parameters too, in this process and those that it starts."""
+    if file is not None:
+        os.environ["NBKIT_HPARAMS"] = str(file.resolve())
+
+
 @app.command(cls=PairsCommand)
 def run(
     notebook: Annotated[str, typer.Argument(help="A path, or the name of one in notebooks/.")],
     p: Pairs = None,
     out: Out = None,
+    hparams: Hparams = None,
 ):
     """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/.
 
@@ -78,6 +89,7 @@ def run(
     """
     from nbkit.batch.run import run_notebook
 
+    own_hparams(hparams)
     typer.echo(run_notebook(notebook, by_name(p), out))
 
 
@@ -90,10 +102,12 @@ def sweep(
     ] = None,
     out: Out = None,
     again: Annotated[bool, typer.Option("--again", help="Run finished combinations too.")] = False,
+    hparams: Hparams = None,
 ):
     """Execute a notebook with every combination of values; what is finished is not run again."""
     from nbkit.batch.sweep import grid_of, sweep
 
+    own_hparams(hparams)
     outcomes = sweep(notebook, grid_of(notebook, split(p)), out, again)
     for one in outcomes:
         typer.echo(f"{one.outcome}: {one.copy}" if one.error is None else f"failed: {one.error}")

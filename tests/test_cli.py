@@ -1,6 +1,7 @@
 """`python -m nbkit`: arguments, exit status and messages; runs are processes of their own, as a shell starts them."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nbkit.__main__ import main
 from nbkit.batch import doctor
+from nbkit.batch.record import run_named
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "notebooks"
@@ -168,3 +170,21 @@ def test_figures_without_notebooks_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nbkit", "figures", "--notebooks", str(tmp_path)])
     with pytest.raises(SystemExit, match="no notebooks"):
         main()
+
+
+def test_hyper_parameters_of_one_s_own_reach_the_notebook_from_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("[rome]\nlayer = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NBKIT_HPARAMS", "before")
+    seen = {}
+    monkeypatch.setattr("nbkit.batch.run.run_notebook", lambda *_: seen.update(os.environ))
+    monkeypatch.setattr(sys, "argv", ["nbkit", "run", "01", "--hparams", "mine.toml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert seen["NBKIT_HPARAMS"] == str(tmp_path / "mine.toml")
+    monkeypatch.setenv("NBKIT_HPARAMS", "mine.toml")
+    monkeypatch.setenv("NBKIT_STYLE", "ggplot")
+    with run_named("01", Path("01.ipynb"), {}, {}, "figures"):
+        assert os.environ["NBKIT_HPARAMS"] == str(tmp_path / "mine.toml") and os.environ["NBKIT_STYLE"] == "ggplot"
+        assert os.environ["NBKIT_FIGURES"] == str(tmp_path / "figures")
+    assert os.environ["NBKIT_HPARAMS"] == "mine.toml"

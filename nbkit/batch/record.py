@@ -21,6 +21,7 @@ from nbkit.records.provenance import code_version, digest, files_digest, now
 from nbkit.records.runs import SETTING
 
 FIELD = "nbkit"  # of the copy's metadata
+PATHS = ("NBKIT_RUNS", "NBKIT_DATA", "NBKIT_HPARAMS", "NBKIT_STYLE")
 
 
 def record_of(path, known, values) -> dict:
@@ -32,6 +33,8 @@ def record_of(path, known, values) -> dict:
     cells = [[cell.cell_type, cell.source] for cell in nbformat.read(path, as_version=4).cells]
     whole = {name: values.get(name, parameter.default) for name, parameter in known.items() if parameter.place}
     files = {name: [_state(item, path.parent) for item in _items(value)] for name, value in whole.items()}
+    if own := os.environ.get("NBKIT_HPARAMS"):
+        files["NBKIT_HPARAMS"] = [_state(own, Path.cwd())]
     record = {"notebook": digest(cells), "parameters": values, "code": _code(), "files": digest(files)}
     return json.loads(json.dumps(record))  # as it comes back from the copy
 
@@ -54,10 +57,17 @@ def is_finished(copy, record) -> bool:
 
 @contextmanager
 def run_named(name, path, known, values, figures) -> Iterator[None]:
-    """Within this `with`, a kernel that starts knows which run it is, and where its figures go."""
+    """Within this `with`, a kernel that starts knows which run it is, and where its figures go.
+
+    Folders and files that the environment names count from here, and not from where the kernel runs.
+    """
     parameters = {each: values.get(each, parameter.default) for each, parameter in known.items()}
     run = {"run": name, "notebook": path.stem, "parameters": parameters, "started": now()}
     settings = {SETTING: json.dumps(run, default=str), "NBKIT_FIGURES": str(Path(figures).resolve())}
+    for setting in PATHS:
+        if value := os.environ.get(setting):
+            path = Path(value).expanduser().resolve()
+            settings[setting] = str(path) if path.exists() or setting != "NBKIT_STYLE" else value  # or a style's name
     before = {setting: os.environ.get(setting) for setting in settings}
     os.environ.update(settings)
     try:
