@@ -151,7 +151,7 @@ def test_the_card_of_an_encoder_decoder_says_what_it_fills_in_and_how_alike_its_
     (t5_folder / "training_log.jsonl").write_text('{"step": 3, "tokens": 768, "loss": 7.5, "device": "cpu"}\n')
     write_card_of_keys(sides, few, asked, nbkit.read_texts("miniworld", limit=8), t5_folder)
     card = (t5_folder / "README.md").read_text(encoding="utf-8")
-    assert "the cross-entropy of the spans cut out of a window" in card
+    assert "the cross-entropy of each token of a window, of which the encoder reads a part," in card
     assert "writes a text as `text <|endoftext|>`" in card
     assert len(re.findall(r"^\| [0-3] \| ", card, flags=re.MULTILINE)) == 8  # a row each layer of either side
     assert not re.search(r"\$\w", card)

@@ -18,7 +18,7 @@ from miniworld import train as training
 from miniworld.families import build_model, tokenizer_of, training_loss
 from miniworld.measures import SENTENCE, first_token_regime
 from miniworld.recipe import Recipe, recipe_of, trained_models
-from miniworld.spans import without_spans
+from miniworld.spans import masked
 from miniworld.train import schedule, ship, train
 from miniworld.windows import Shard
 from nbkit import paths
@@ -173,49 +173,41 @@ def test_the_loss_of_a_decoder_is_that_of_the_next_token(world_tokenizer, name):
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
 
 
-def test_the_loss_of_an_encoder_decoder_is_that_of_the_spans_it_does_not_read(world):
+def test_the_loss_of_an_encoder_decoder_is_that_of_every_token_of_a_window_it_reads_in_part(world):
     recipe = recipe_of("miniworld-t5", **SMALL)
     model = build_model(recipe, tokenizer_of(recipe, world))
     windows = torch.randint(0, 3000, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        read, asked = without_spans(windows, model.config.vocab_size, 0, np.random.default_rng(5))
+        read, asked = masked(windows, model.config.vocab_size - 1, 0, np.random.default_rng(5))
         chosen = model(input_ids=read, labels=asked).logits.log_softmax(-1).gather(-1, asked[..., None])
         loss = training_loss(model, windows, np.random.default_rng(5))
     assert loss.item() == pytest.approx(-chosen.mean().item(), rel=5e-3)  # bfloat16
 
 
 @pytest.mark.parametrize("length", [8, 64, 256])
-def test_the_spans_put_back_in_the_place_of_their_sentinels_give_the_window(length):
-    vocabulary, end = 3172, 3
-    windows = torch.randint(10, 3000, (20, length), generator=torch.Generator().manual_seed(0))
-    read, asked = without_spans(windows, vocabulary, end, np.random.default_rng(0))
-    n_cut = asked.shape[1] - 1 - (asked[0] >= vocabulary - 100).sum().item()
-    assert n_cut == max(1, round(0.15 * length)) and read.shape[1] + n_cut == length + asked.shape[1] - n_cut
-    for window, rest, spans in zip(windows.tolist(), read.tolist(), asked.tolist(), strict=True):
-        assert rest.pop() == spans.pop() == end
-        by_sentinel, sentinel = {}, None
-        for token in spans:
-            if token >= vocabulary - 100:
-                sentinel = token
-                by_sentinel[sentinel] = []
-            else:
-                by_sentinel[sentinel].append(token)
-        assert list(by_sentinel) == [vocabulary - 1 - number for number in range(len(by_sentinel))]
-        assert all(by_sentinel.values())
-        assert [token for piece in rest for token in by_sentinel.get(piece, [piece])] == window
+def test_what_is_masked_of_a_window_stands_between_what_is_not(length):
+    mask, end = 3171, 3
+    windows = torch.arange(10, 10 + length).expand(20, -1)  # every token is another, so its place can be told
+    read, asked = masked(windows, mask, end, np.random.default_rng(0))
+    assert torch.equal(asked[:, :-1], windows) and (asked[:, -1] == end).all()
+    n_spans = (read[0] == mask).sum().item()
+    assert (windows.shape[1] - (read.shape[1] - 1 - n_spans)) == max(1, round(0.3 * length))
+    for rest in read.tolist():
+        assert rest.pop() == end and rest.count(mask) == n_spans
+        pieces = " ".join("|" if token == mask else str(token) for token in rest).split("|")
+        ranges = [list(map(int, piece.split())) for piece in pieces]
+        kept = [token for piece in ranges for token in piece]
+        assert kept == sorted(set(kept)) and ranges[0] and not ranges[-1]  # begins with what is kept, ends with a span
+        assert all(piece == list(range(piece[0], piece[-1] + 1)) for piece in ranges if piece)
 
 
-def test_spans_begin_and_end_anywhere_and_are_of_all_lengths():
+def test_spans_begin_anywhere_and_are_of_all_lengths():
     windows = torch.arange(256).expand(300, -1)
-    _, asked = without_spans(windows, 3172, 3, np.random.default_rng(0))
-    lengths = np.diff(np.flatnonzero(asked[:, :-1].flatten() >= 3000), append=300 * (asked.shape[1] - 1)) - 1
-    assert lengths.mean() == pytest.approx(38 / 13) and lengths.min() == 1 and lengths.max() > 8
-    assert len(np.unique(asked[asked < 256])) > 250
-
-
-def test_windows_that_lose_more_spans_than_there_are_sentinels_are_refused():
-    with pytest.raises(ValueError, match="windows of 4096 tokens lose 205 spans, and there are 100 sentinels"):
-        without_spans(torch.zeros(1, 4096, dtype=torch.long), 3172, 3, np.random.default_rng(0))
+    read, _ = masked(windows, 3171, 3000, np.random.default_rng(0))
+    gaps = [np.diff([token for token in rest if token < 256], append=256) - 1 for rest in read.tolist()]
+    lengths = np.concatenate([gap[gap > 0] for gap in gaps])
+    assert lengths.mean() == pytest.approx(77 / 26) and lengths.min() == 1 and lengths.max() > 8
+    assert len({token for rest in read.tolist() for token in rest if token < 256}) > 250
 
 
 def test_the_sentinels_are_the_last_of_the_vocabulary_and_never_in_a_text(world):

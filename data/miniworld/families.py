@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from miniworld.recipe import Recipe
-from miniworld.spans import SENTINELS, without_spans
+from miniworld.spans import SENTINELS, masked
 from miniworld.tokenizer import END, train_tokenizer
 from miniworld.world import World
 
@@ -85,11 +85,11 @@ class Family:
     edited: bool = True  # whether there are edits of it, which the card measures
 
 
-NEXT_TOKEN = "the next token"
+NEXT_TOKEN, MASKED = "the next token", "each token of a window, of which the encoder reads a part,"
 FAMILIES = {
     "gpt2": Family("GPT-2", NEXT_TOKEN, _gpt2),
     "llama": Family("Llama", NEXT_TOKEN, _llama, text=f"{END} $A"),
-    "t5": Family("T5", "the spans cut out of a window", _t5, f"$A {END}", SENTINELS, edited=False),
+    "t5": Family("T5", MASKED, _t5, f"$A {END}", SENTINELS, edited=False),
 }
 
 
@@ -98,11 +98,11 @@ def training_loss(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of what a model of its family is trained to say, in bfloat16 where that is safe.
 
-    A decoder: each token of a window, given those before it. An encoder-decoder: the spans that `rng` cuts out of it.
+    Each token of a window, given those before it; in an encoder-decoder given besides what `rng` leaves of the window.
     """
     with torch.autocast(windows.device.type, dtype=torch.bfloat16):
         if model.config.is_encoder_decoder:
-            read, asked = without_spans(windows, model.config.vocab_size, model.config.eos_token_id, rng)
+            read, asked = masked(windows, model.config.vocab_size - 1, model.config.eos_token_id, rng)
             logits = model(input_ids=read, labels=asked, use_cache=False).logits
         else:
             logits, asked = model(windows, use_cache=False).logits[:, :-1], windows[:, 1:]

@@ -7,13 +7,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from miniworld.spans import SENTINELS
+from miniworld.spans import MASK
 from miniworld.world import World
 from nbkit.edits.edit import Edit
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import second_moment
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import context_templates, pad, subject_kind, tokenize
+from nbkit.models.prompts import context_templates, pad, subject_kind, target_ids, tokenize
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, score_targets
 from nbkit.studies.single import single_edits
@@ -49,20 +49,23 @@ def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 
 def filled_in(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int) -> list[bool]:
     """Whether each target is what an encoder-decoder puts after a prompt: every token of it the decoder's first choice.
 
-    The encoder reads the prompt, a sentinel and a full stop, and the decoder, behind that sentinel, says what it stands
-    for, as both were trained to (spans.py). lm: the encoder's side, whose tokenizer writes texts as the encoder reads
-    them.
+    The encoder reads the prompt, a mask and a full stop, and the decoder, which has written the prompt, goes on, as both
+    were trained to (spans.py). lm: the encoder's side, whose tokenizer writes texts as the encoder reads them.
     """
-    asked = lm.tokenizer([f"{SENTINELS[-1]} {target}" for target in targets], add_special_tokens=False).input_ids
-    read, correct = tokenize(lm, [f"{prompt}{SENTINELS[-1]}." for prompt in prompts]), []
+    written = lm.tokenizer(list(prompts), add_special_tokens=False).input_ids
+    wanted = [target_ids(lm, target) for target in targets]
+    read, correct = tokenize(lm, [f"{prompt}{MASK}." for prompt in prompts]), []
     for first in range(0, len(read), batch_size):
-        rows = slice(first, first + batch_size)
-        texts, answers = pad(lm, read[rows]), pad(lm, asked[rows])
+        places = range(first, min(first + batch_size, len(read)))
+        texts = pad(lm, [read[place] for place in places])
+        asked = pad(lm, [written[place] + wanted[place] for place in places])
         logits = lm.model(
-            input_ids=texts.input_ids, attention_mask=texts.attention_mask, labels=answers.input_ids, use_cache=False
+            input_ids=texts.input_ids, attention_mask=texts.attention_mask, labels=asked.input_ids, use_cache=False
         ).logits
-        wrong = (logits.argmax(-1) != answers.input_ids) & answers.attention_mask.bool()
-        correct += (~wrong[:, 1:].any(dim=1)).tolist()
+        choices = logits.argmax(-1).tolist()
+        for place, choice in zip(places, choices, strict=True):
+            start = len(written[place])
+            correct.append(choice[start : start + len(wanted[place])] == wanted[place])
     return correct
 
 
