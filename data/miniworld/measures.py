@@ -49,8 +49,8 @@ def recall(lm: LanguageModel, world: World, before: str = "", batch_size: int = 
 def filled_in(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], batch_size: int) -> list[bool]:
     """Whether each target is what an encoder-decoder puts after a prompt, every token of it its first choice.
 
-    The encoder reads the prompt, a mask and a full stop, and the decoder, which has written the prompt, goes on, as both
-    were trained to (spans.py). lm: the encoder's side, whose tokenizer writes texts as the encoder reads them.
+    The encoder reads the prompt, a mask and a full stop, and the decoder, which has written the prompt, goes on, as
+    both were trained to (spans.py). lm: the encoder's side, whose tokenizer writes texts as the encoder reads them.
     """
     written = lm.tokenizer(list(prompts), add_special_tokens=False).input_ids
     wanted = [target_ids(lm, target) for target in targets]
