@@ -11,7 +11,7 @@ import torch
 import nbkit
 from miniworld.card import write_card_of_keys
 from miniworld.families import tokenizer_of
-from miniworld.measures import recall
+from miniworld.measures import filled_in, recall
 from miniworld.recipe import recipe_of, trained_models
 from miniworld.train import ship, train
 from nbkit import paths
@@ -20,7 +20,7 @@ from nbkit.keys.extract import keys, keys_and_values, token_keys
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.table import METHODS
 from nbkit.models.loading import embedded_models
-from nbkit.models.prompts import find_subjects, subject_kind
+from nbkit.models.prompts import find_subjects, subject_kind, tokenize
 from nbkit.records import embedded
 from nbkit.studies.metrics import score_targets
 
@@ -155,3 +155,27 @@ def test_the_card_of_an_encoder_decoder_says_what_it_fills_in_and_how_alike_its_
     assert "writes a text as `text <|endoftext|>`" in card
     assert len(re.findall(r"^\| [0-3] \| ", card, flags=re.MULTILINE)) == 8  # a row each layer of either side
     assert not re.search(r"\$\w", card)
+
+
+@torch.no_grad()
+def test_what_the_shipped_encoder_decoder_writes_hangs_on_what_its_encoder_has_read():
+    lm = nbkit.load("miniworld-t5", device="cpu", side="encoder")
+    texts = nbkit.read_texts("miniworld", limit=20)
+    read, asked = tokenize(lm, texts), tokenize(lm, texts)
+
+    def loss(of: int, after: int) -> float:
+        labels = torch.tensor([asked[of]])
+        return lm.model(input_ids=torch.tensor([read[after]]), labels=labels, use_cache=False).loss.item()
+
+    own, another = ([loss(of, (of + shift) % 20) for of in range(20)] for shift in (0, 1))
+    assert np.median(own) < 0.5 * np.median(another)
+    keys_of = torch.stack([of_text[5] for of_text in token_keys(lm, texts, 3)])
+    alike = torch.cosine_similarity(keys_of[:, None], keys_of[None], dim=-1)[~torch.eye(20, dtype=torch.bool)]
+    assert alike.median() < 0.9
+
+
+def test_what_is_filled_in_does_not_hang_on_what_is_asked_beside_it(world):
+    lm = nbkit.load("miniworld-t5", device="cpu", side="encoder")
+    asked = [(fact.sentence(0).rsplit(" ", 1)[0], fact.object) for fact in world.facts[::40]]
+    right = filled_in(lm, [prompt for prompt, _ in asked], [target for _, target in asked], 64)
+    assert right == [filled_in(lm, [prompt], [target], 1)[0] for prompt, target in asked] and any(right)
