@@ -16,13 +16,14 @@ from nbkit.errors import MethodError, ModelError, PromptError
 from nbkit.keys.moments import default_second_moments
 from nbkit.methods import hparams
 from nbkit.methods.hparams import hyper_parameters, published_layers
-from nbkit.methods.method import MethodSettings, batches_by_cost, in_order
+from nbkit.methods.method import MethodSettings, batches_by_cost
 from nbkit.methods.setups import setup
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, edit_batch, edit_sequence
 from nbkit.models import prompts
 from nbkit.models.blocks import adds_value
 from nbkit.models.continuations import continuations, wished
+from nbkit.models.memory import in_order
 from nbkit.models.prompts import target_ids
 from nbkit.records import embedded
 from nbkit.records.requests import EditRequest

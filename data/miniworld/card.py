@@ -25,10 +25,9 @@ HERE = Path(__file__).parent
 N_TEXTS = 50  # for the perplexity of each edited model, as in ME-PPL_50
 
 
-def write(template: str, folder: Path, **fields: str | float) -> None:
-    """Writes the `README.md` of the model in `folder`: a template of this directory, filled in."""
-    text = Template((HERE / template).read_text(encoding="utf-8")).substitute(fields)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+def filled(template: str, **fields: str | float) -> str:
+    """A template of this directory, filled in."""
+    return Template((HERE / template).read_text(encoding="utf-8")).substitute(fields)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -51,7 +50,8 @@ def made(lm: LanguageModel, world: World, folder: Path) -> str:
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     family = FAMILIES[recipe["family"]]
     written = family.text.replace("$A", "text")
-    return Template((HERE / "card_made.md").read_text(encoding="utf-8")).substitute(
+    return filled(
+        "card_made.md",
         name=folder.name,
         n_facts=f"{len(world.facts):,}",
         entities=", ".join(f"{len(names)} {kind} names" for kind, names in world.subjects.items()),
@@ -114,9 +114,8 @@ def write_card(
     swept = sweep_table(edit_sweep(lm, requests, texts[:N_TEXTS], corpus, range(lm.n_layers - 1), n_sweep))
     efficacy = efficacy_sweep(lm, unreported_requests(lm, n_efficacy))
     best = chosen(efficacy)
-    write(
+    text = filled(
         "card.md",
-        folder,
         made=made(lm, world, folder),
         **recalled(lm, world),
         n_efficacy=efficacy["n"].iloc[0],
@@ -138,6 +137,7 @@ def write_card(
         rome_with_c=markdown(swept[swept["setting"] == "ROME with C"].drop(columns="setting")),
         c_rome=markdown(swept[swept["setting"] == "C-ROME"].drop(columns="setting")),
     )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_card_of_keys(
@@ -151,11 +151,11 @@ def write_card_of_keys(
     prefixes = (f"{SENTENCE}{{}}", *UNSEEN)
     regimes = {side: markdown(first_token_regime(lm, requests, texts, templates=("{}", *prefixes)))
                for side, lm in sides.items()}  # fmt: skip
-    write(
+    text = filled(
         "card_of_keys.md",
-        folder,
         made=made(sides["encoder"], world, folder),
         **recalled(sides["encoder"], world),
         **regimes,
         prefixes=", ".join(f"“{prefix.removesuffix(' {}')}”" for prefix in prefixes),
     )
+    (folder / "README.md").write_text(text, encoding="utf-8")

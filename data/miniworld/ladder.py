@@ -16,7 +16,6 @@ recall: one row a kind of subject: n, and the shares of facts said at the plain 
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +32,7 @@ from miniworld.recipe import Recipe, recipe_of
 from miniworld.train import train
 from miniworld.world import World
 from nbkit.errors import ModelError
-from nbkit.methods.hparams import HPARAMS
+from nbkit.methods.hparams import HPARAMS, read_tables
 from nbkit.methods.verbs import edit
 from nbkit.models.loading import load
 from nbkit.models.prompts import context_templates, request_columns, subject_kind
@@ -71,7 +70,7 @@ def rungs(model: str, doses: Sequence[tuple[str, float]], seeds: Sequence[int], 
 
 def search_of(model: str) -> dict[str, float]:
     """The room of the search for v*: the model's own of hparams.toml, where it has any, or `SEARCH`."""
-    own = tomllib.loads(HPARAMS.read_text(encoding="utf-8"))["rome"].get(model, {})
+    own = read_tables(HPARAMS)["rome"].get(model, {})
     return {name: own.get(name, value) for name, value in SEARCH.items()}
 
 

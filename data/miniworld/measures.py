@@ -13,6 +13,7 @@ from nbkit.edits.edit import Edit
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import second_moment
 from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import by_cost, in_order
 from nbkit.models.prompts import context_templates, pad, subject_kind, target_ids, tokenize
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, score_targets
@@ -54,19 +55,18 @@ def filled_in(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str],
     """
     written = lm.tokenizer(list(prompts), add_special_tokens=False).input_ids
     wanted = [target_ids(lm, target) for target in targets]
-    read, correct = tokenize(lm, [f"{prompt}{MASK}." for prompt in prompts]), []
-    for first in range(0, len(read), batch_size):
-        places = range(first, min(first + batch_size, len(read)))
+    read = tokenize(lm, [f"{prompt}{MASK}." for prompt in prompts])
+
+    def compute(places: Sequence[int]) -> list[bool]:
         texts = pad(lm, [read[place] for place in places])
         asked = pad(lm, [written[place] + wanted[place] for place in places])
         logits = lm.model(
             input_ids=texts.input_ids, attention_mask=texts.attention_mask, labels=asked.input_ids, use_cache=False
         ).logits
-        choices = logits.argmax(-1).tolist()
-        for place, choice in zip(places, choices, strict=True):
-            start = len(written[place])
-            correct.append(choice[start : start + len(wanted[place])] == wanted[place])
-    return correct
+        said = (choice[len(written[place]) :] for place, choice in zip(places, logits.argmax(-1).tolist(), strict=True))
+        return [choice[: len(wanted[place])] == wanted[place] for place, choice in zip(places, said, strict=True)]
+
+    return in_order(by_cost([len(row) for row in read], batch_size, compute))
 
 
 def first_token_regime(

@@ -29,13 +29,13 @@ def masked(
     length = windows.shape[1]
     n_cut = max(1, round(length * NOISE))
     n_spans = max(1, round(n_cut / MEAN_SPAN))
-    read, asked = [], []
+    read = []
     for row in windows.cpu().numpy():
         kept, cut = composition(rng, length - n_cut, n_spans), composition(rng, n_cut, n_spans)
         is_cut = np.repeat([False, True] * n_spans, np.stack([kept, cut], axis=1).ravel())
         read.append([*np.insert(row[~is_cut], np.cumsum(kept), mask), end])
-        asked.append([*row, end])
-    return torch.tensor(read, device=windows.device), torch.tensor(asked, device=windows.device)
+    asked = torch.nn.functional.pad(windows, (0, 1), value=end)
+    return torch.tensor(read, device=windows.device), asked
 
 
 def composition(rng: np.random.Generator, total: int, parts: int) -> Int[np.ndarray, " parts"]:

@@ -38,11 +38,11 @@ from tqdm.auto import tqdm
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense
 from nbkit.keys.extract import widened
-from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made
 from nbkit.models.continuations import Continuation, row_bytes, wished
 from nbkit.models.edited import Changes, SharedPass, WholePass
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import budget
+from nbkit.models.memory import budget, in_order
 from nbkit.models.replay import can_replay
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest

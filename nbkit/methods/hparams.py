@@ -56,7 +56,7 @@ def published_layers(lm: LanguageModel, method: str) -> dict[str, Any]:
     Of the models of `DEPTHS` that the method has a table for, it is the one whose number of layers is nearest. A sweep
     over layers may find better ones. MethodError for a method that has no layers.
     """
-    tables = {family: table for family, table in _read(HPARAMS)[method].items() if family in DEPTHS}
+    tables = {family: table for family, table in read_tables(HPARAMS)[method].items() if family in DEPTHS}
     tables = {family: table for family, table in tables.items() if {"layer", "layers"} & set(table)}
     if not tables:
         raise MethodError(f"{method} has no layers to choose")
@@ -80,17 +80,17 @@ def _defaults(lm: LanguageModel, method: str) -> dict[str, Any]:
     files = [HPARAMS, *([Path(own).expanduser()] if (own := os.environ.get("NBKIT_HPARAMS")) else [])]
     values: dict[str, Any] = {}
     for file in files:
-        table = _read(file).get(method, {})
+        table = read_tables(file).get(method, {})
         families = {name: part for name, part in table.items() if isinstance(part, dict)}
         family = max((name for name in families if name in lm.known_as.lower()), key=len, default=None)
         values |= {name: value for name, value in table.items() if name not in families} | families.get(family, {})
     beside = Path(lm.name) / HPARAMS.name
     if beside.is_file():
-        values |= _read(beside).get(method, {})
+        values |= read_tables(beside).get(method, {})
     return {name: value for name, value in values.items() if name != "source"}
 
 
-def _read(path: Path) -> Mapping[str, dict]:
+def read_tables(path: Path) -> Mapping[str, dict]:
     """The tables of a file; MethodError, naming it, if it cannot be read or has a table or name that nbkit does not."""
     try:
         return _checked(path, path.stat().st_mtime_ns)

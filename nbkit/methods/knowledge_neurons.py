@@ -49,11 +49,11 @@ from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import widened
 from nbkit.methods.mend.hypernetwork import mlp_weights
-from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made
 from nbkit.models.continuations import Continuation
 from nbkit.models.hooks import capture, replace
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import Footprint, budget
+from nbkit.models.memory import Footprint, budget, in_order
 from nbkit.models.prefixes import Prefixes
 from nbkit.models.prompts import check_length, named, pad, target_ids, tokenize
 from nbkit.models.replay import can_replay, passes_of

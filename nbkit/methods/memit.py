@@ -48,10 +48,11 @@ from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import keys, widened
 from nbkit.keys.moments import SecondMoments, factor
-from nbkit.methods.method import MethodSettings, edit_made, in_order
+from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.hooks import capture
 from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import in_order
 from nbkit.models.prompts import find_subjects, pad
 from nbkit.records.bounds import bounded
 from nbkit.records.requests import EditRequest

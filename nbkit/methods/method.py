@@ -1,6 +1,6 @@
 """What a method is to the verbs that run it: two functions at most, and what each is given and gives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,9 +48,9 @@ class Method:
     parameters: type
     each: Callable[[LanguageModel, Sequence[EditRequest], MethodSettings], list[Edit]]
     together: Callable[[LanguageModel, Sequence[EditRequest], MethodSettings], Edit] | None = None
+    takes_second_moment: bool = False
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
-    takes_second_moment: bool = False
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
 
 
@@ -77,11 +77,3 @@ def batches_by_cost(
     `settings` say how many.
     """
     return by_cost(costs, settings.batch_size or at_once, compute, name, "edit", settings.progress)
-
-
-def in_order(batches: Iterable[tuple[Sequence[int], Sequence[Result]]]) -> list[Result]:
-    """One result for each place, by place, from batches of places and their results."""
-    results: dict[int, Result] = {}
-    for places, of_batch in batches:
-        results |= zip(places, of_batch, strict=True)
-    return [results[place] for place in sorted(results)]

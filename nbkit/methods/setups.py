@@ -61,7 +61,7 @@ def setup(
     arguments |= hparams or {}
     parameters = hyper_parameters(lm, **arguments)
     if second_moment_texts is not None:
-        if not (METHODS[method].takes_second_moment or METHODS[method].needs_second_moment):
+        if not METHODS[method].takes_second_moment:
             raise MethodError(f"{method} uses no second moment; leave second_moment_texts out")
         arguments["second_moment"] = second_moments(
             lm, parameters.layers, read_texts(second_moment_texts), n_tokens=second_moment_tokens,

@@ -15,7 +15,10 @@ METHODS: dict[str, Method] = {
     "mend": Method(MendParameters, mend_each, mend_together, files=mend_files),
     "rome": Method(RomeParameters, rome, template_lengths=((5, 10), (10, 10)), takes_second_moment=True),
     **{
-        name: Method(MemitParameters, memit_each, memit_together, True, template_lengths=((10, 5),))
+        name: Method(
+            MemitParameters, memit_each, memit_together, takes_second_moment=True, needs_second_moment=True,
+            template_lengths=((10, 5),),
+        )  # fmt: skip
         for name in ("memit", "emmet", "alphaedit")
     },
 }

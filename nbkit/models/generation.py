@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from nbkit.errors import PromptError
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import by_cost
+from nbkit.models.memory import by_cost, in_order
 from nbkit.models.prompts import pad, tokenize
 from nbkit.records.bounds import check_number
 
@@ -53,10 +53,7 @@ def generated(
         new = ids[:, batch.shape[1] :].tolist()
         return [_read(lm, rows[place], said, ends, end) for place, said in zip(places, new, strict=True)]
 
-    found: dict[int, Generated] = {}
-    for places, texts in by_cost([len(row) for row in rows], batch_size, compute):
-        found |= zip(places, texts, strict=True)
-    return [found[place] for place in range(len(rows))]
+    return in_order(by_cost([len(row) for row in rows], batch_size, compute))
 
 
 def _ends_of_text(lm: LanguageModel) -> list[int]:

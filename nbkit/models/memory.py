@@ -6,7 +6,7 @@ halved and computed anew; nothing that was finished before is lost.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -99,6 +99,14 @@ def by_cost(
         for places, result in in_batches(order, size, lambda places: (places, compute(places))):
             bar.update(len(places))
             yield places, result
+
+
+def in_order(batches: Iterable[tuple[Sequence[int], Sequence[Result]]]) -> list[Result]:
+    """One result for each place, by place, from batches of places and their results."""
+    results: dict[int, Result] = {}
+    for places, of_batch in batches:
+        results |= zip(places, of_batch, strict=True)
+    return [results[place] for place in sorted(results)]
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

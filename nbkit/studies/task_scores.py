@@ -62,16 +62,16 @@ def task_scores(
 @lru_cache
 def _load(names: tuple[str, ...], include_path: str) -> dict:
     """lm-eval's task objects. They hold the items: to read those for every edited model would cost seconds."""
-    parts = [_own_task(name, include_path) if name in task_names(include_path) else _task_of_lm_eval(name, include_path)
+    own = task_names(include_path)
+    parts = [_own_task(name, include_path) if name in own else _task_of_lm_eval(name, own, include_path)
              for name in names]  # fmt: skip
     return {kind: {name: task for part in parts for name, task in part[kind].items()} for kind in parts[0]}
 
 
 def _own_task(name: str, include_path: str) -> dict:
     import datasets
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    manager = _own(include_path)
     online, datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_DATASETS_OFFLINE, True  # files beside the task
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # two for every task, done as soon as they are drawn
@@ -84,8 +84,8 @@ def _own_task(name: str, include_path: str) -> dict:
             datasets.enable_progress_bars()
 
 
-def _task_of_lm_eval(name: str, include_path: str) -> dict:
-    manager, own = _lm_eval(), task_names(include_path)
+def _task_of_lm_eval(name: str, own: Sequence[str], include_path: str) -> dict:
+    manager = _lm_eval()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [*own, *manager.all_tasks])
         raise NbkitError(
@@ -93,6 +93,14 @@ def _task_of_lm_eval(name: str, include_path: str) -> dict:
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
     return manager.load([name])
+
+
+@lru_cache
+def _own(include_path: str):
+    """The manager of the tasks of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=False)
 
 
 @lru_cache

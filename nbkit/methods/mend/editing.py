@@ -18,11 +18,11 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank, Update
 from nbkit.methods.mend.gradients import token_gradients
 from nbkit.methods.mend.weights_file import load_hypernetwork, weights_path
-from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made, in_order
+from nbkit.methods.method import MethodSettings, batches_by_cost, edit_made
 from nbkit.models.continuations import row_bytes, wished
 from nbkit.models.edited import layer_of
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.memory import budget
+from nbkit.models.memory import budget, in_order
 from nbkit.models.prompts import subject_kind
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
