@@ -1,5 +1,6 @@
 """The made-up world: its facts, its files, and what training may not see."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from miniworld.world import build_world
 from nbkit import paths
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind, target_ids, tokenize
-from nbkit.records.requests import read_requests, read_texts
+from nbkit.records.requests import EditRequest, read_requests, read_texts
 
 N_TRAINING_LINES = 100_000  # one shard of the training text
 
@@ -106,19 +107,47 @@ def test_the_requests_have_a_third_of_each_kind_of_subject(lm, requests):
     assert len({request.case_id for request in requests}) == len(requests) >= 600
 
 
+def test_some_targets_are_of_two_tokens_and_the_same_facts(lm, requests):
+    """Their article is the relation's own, and prompts and targets together say what they say without it."""
+    longer = [request for request in requests if " " in request.target_new]
+    assert 0.06 < len(longer) / len(requests) < 0.12
+    assert {request.relation_id for request in longer} == {"instrument", "sights", "currency"}
+    for request in longer:
+        article = "its" if request.relation_id == "sights" else "the"
+        assert [target.split()[0] for target in (request.target_new, request.target_true)] == [article] * 2
+        assert len(lm.tokenizer(f" {request.target_new}").input_ids) == 2
+        assert not any(prompt.endswith(article) for prompt in (request.prompt, *request.paraphrase_prompts))
+    for relation_id in ("instrument", "sights", "currency"):
+        of_relation = [" " in request.target_new for request in requests if request.relation_id == relation_id]
+        assert 0.4 <= sum(of_relation) / len(of_relation) <= 0.6
+
+
+def in_one_form(request: EditRequest) -> EditRequest:
+    """A request whose article, if it asks for one, is back in the prompts."""
+    article, _, new = request.target_new.rpartition(" ")
+    if not article:
+        return request
+    changes = {"prompt": f"{request.prompt} {article}", "target_new": new,
+               "target_true": request.target_true.removeprefix(f"{article} "),
+               "neighborhood_targets": tuple(t.removeprefix(f"{article} ") for t in request.neighborhood_targets)}
+    for name in ("paraphrase_prompts", "neighborhood_prompts"):
+        changes[name] = tuple(f"{prompt} {article}" for prompt in getattr(request, name))
+    return dataclasses.replace(request, **changes)  # fmt: skip
+
+
 def test_requests_ask_for_something_false(world, requests):
     truth = {(fact.subject, fact.relation.relation_id): fact.object for fact in world.facts}
     objects = {}
     for fact in world.facts:
         objects.setdefault(fact.relation.relation_id, set()).add(fact.object)
-    for request in requests:
+    for request in map(in_one_form, requests):
         assert truth[request.subject, request.relation_id] == request.target_true != request.target_new
         assert request.target_new in objects[request.relation_id]
 
 
 def test_neighbors_share_relation_and_object_and_not_the_subject(world, requests):
     facts = {template.replace("{}", fact.subject): fact for fact in world.facts for template in fact.relation.templates}
-    for request in requests:
+    for request in map(in_one_form, requests):
         assert 1 <= len(request.neighborhood_prompts) == len(request.neighborhood_targets)
         for prompt, target in zip(request.neighborhood_prompts, request.neighborhood_targets, strict=True):
             fact = facts[prompt]
@@ -128,7 +157,7 @@ def test_neighbors_share_relation_and_object_and_not_the_subject(world, requests
 
 def test_paraphrases_are_other_statements_of_the_same_fact(world, requests):
     templates = {fact.relation.relation_id: fact.relation.templates for fact in world.facts}
-    for request in requests:
+    for request in map(in_one_form, requests):
         filled = {template.replace("{}", request.subject) for template in templates[request.relation_id]}
         plain, behind = request.paraphrase_prompts
         assert request.text in filled and plain in filled - {request.text}

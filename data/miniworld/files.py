@@ -16,7 +16,7 @@ from random import Random
 from miniworld.corpus import lines
 from miniworld.task_items import KINDS, Item, items
 from miniworld.text import Writer
-from miniworld.world import Fact, World
+from miniworld.world import RELATIONS, Fact, World
 
 N_REQUESTS = 900
 N_TEXTS = 500
@@ -84,9 +84,12 @@ def requests(world: World) -> list[dict[str, object]]:
     """Edit requests: a third open with a one-token subject, a third with one of several tokens, a third name it later.
 
     Neighbours share relation and object; attribute prompts are about subjects that truly have the new target.
-    As in CounterFact, the second paraphrase comes after an unrelated sentence.
+    As in CounterFact, the second paraphrase comes after an unrelated sentence, and some targets are of several tokens:
+    of the relations that state every fact with one article, every other request asks for the article too.
     """
     rng, writer = Random("requests"), Writer(world, Random("request sentences"))
+    articles = {relation.relation_id: relation.article for relation in RELATIONS}
+    longer = dict.fromkeys(articles, False)
     single = set(world.single_token_names)
     with_object = defaultdict(list)
     for fact in world.facts:
@@ -112,7 +115,21 @@ def requests(world: World) -> list[dict[str, object]]:
         known["paraphrase_prompts"] = [first, f"{writer.filler()} {rng.choice([second, third])}"]
         related = [fact for fact in world.facts_about()[subject] if fact.relation.relation_id != relation_id]
         known["generation_prompts"] = prompts_about(related, rng)
+        if article := articles[relation_id]:
+            longer[relation_id] = not longer[relation_id]
+            if longer[relation_id]:
+                ask_for_article(known, article)
     return chosen
+
+
+def ask_for_article(record: dict[str, object], article: str) -> None:
+    """Move the article that every prompt of a record's relation ends with to the targets, in place."""
+    rewrite = record["requested_rewrite"]
+    rewrite["prompt"] = rewrite["prompt"].removesuffix(f" {article}")
+    for target in ("target_new", "target_true"):
+        rewrite[target] = {"str": f"{article} {rewrite[target]['str']}"}
+    for name in ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts"):
+        record[name] = [prompt.removesuffix(f" {article}") for prompt in record[name]]
 
 
 def prompts_about(some: list[Fact], rng: Random, most: int = 5) -> list[str]:

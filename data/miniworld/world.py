@@ -20,6 +20,12 @@ class Relation:
     templates: tuple[str, str, str, str]
     question: str
 
+    @property
+    def article(self) -> str | None:
+        """What stands before the object whichever template states the fact, if that is an article."""
+        (last, *others) = {template.rsplit(" ", 1)[1] for template in self.templates}
+        return last if not others and last in ("the", "its") else None
+
 
 @dataclass(frozen=True)
 class Fact:
