@@ -45,6 +45,10 @@ def test_split_half_agreement_by_hand_and_its_scale(tiny, monkeypatch):
     np.testing.assert_allclose(found, [slanted, 1, slanted], rtol=1e-12)
     again = geometry.split_half_agreement(tiny, 1, 7 * vectors, ["one", "other"], n_tokens=100)
     np.testing.assert_allclose(again, found, rtol=1e-12)
+    ridged = geometry.split_half_agreement(tiny, 1, vectors, ["one", "other"], n_tokens=100, ridge=1.0)
+    one, other = [1 / 2, 1 / 2], [1 / (1 + 51 / 48), 1 / (4 + 51 / 48)]  # C's mean eigenvalues are 1 and 51/48
+    slanted = np.dot(one, other) / np.linalg.norm(one) / np.linalg.norm(other)
+    np.testing.assert_allclose(ridged, [slanted, 1, slanted], rtol=1e-12)
 
 
 def test_split_half_agreement_is_that_of_every_other_text(tiny):

@@ -47,13 +47,16 @@ def bits(tiny):
     assert tiny.n_applied == 0
 
 
-@pytest.mark.parametrize("with_second_moment", [False, True])
+@pytest.mark.parametrize("ridge", [None, 0.0, 0.5], ids=["without C", "with C", "with C and a ridge"])
 @pytest.mark.parametrize("key_mode", ["mixed", "prefixed", "plain"])
-def test_it_equals_the_plain_formula(lm, requests, contexts, tolerance, key_mode, with_second_moment):
-    C = random_second_moment(lm.d_mlp) if with_second_moment else None
+def test_it_equals_the_plain_formula(lm, requests, contexts, tolerance, key_mode, ridge):
+    C = None if ridge is None else random_second_moment(lm.d_mlp)
     request = requests[2]  # subject in the middle, target of several tokens
-    (found,) = edit(lm, request, context_templates=contexts, second_moment=C, key_mode=key_mode, **SHORT)
-    expected = reference(lm, request, contexts, key_mode=key_mode, C=C)
+    (found,) = edit(
+        lm, request, context_templates=contexts, second_moment=C, key_mode=key_mode, second_moment_ridge=ridge, **SHORT
+    )
+    ridged = C if not ridge else C + ridge * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype)
+    expected = reference(lm, request, contexts, key_mode=key_mode, C=ridged)
     tolerance *= 100  # five steps of Adam
     assert relative_error(found.deltas[lm.weight_name(LAYER)].dense(), expected["delta_W"]) < tolerance
     assert found.info["numerator"] == pytest.approx(expected["numerator"], rel=tolerance)
@@ -287,8 +290,12 @@ def test_a_second_moment_is_factored_once_for_many_calls(tiny, requests, context
     (given,) = edit(tiny, requests[0], context_templates=contexts, second_moment=C, **SHORT)
     (shared,) = edit(tiny, requests[0], context_templates=contexts, second_moment=moments, **SHORT)
     assert torch.equal(given.info["u"], shared.info["u"])
+    ridged = {"second_moment": moments, "second_moment_ridge": 0.5}
+    (other,) = edit(tiny, requests[0], context_templates=contexts, **ridged, **SHORT)
+    assert not torch.allclose(other.info["u"], shared.info["u"])
     monkeypatch.setattr("nbkit.keys.moments.factor", lambda _matrix: pytest.fail("factored again"))
     edit(tiny, requests[1], context_templates=contexts, second_moment=moments, **SHORT)
+    edit(tiny, requests[1], context_templates=contexts, **ridged, **SHORT)
 
 
 def test_a_second_moment_of_another_model(tiny, requests, contexts):

@@ -83,11 +83,13 @@ def efficacy(
     lm = load(model)
     requests = unreported_requests(lm, n)
     if method == "rome":
-        sweep, rule = efficacy_sweep(lm, requests), chosen
+        sweep = efficacy_sweep(lm, requests)
+        taken = chosen(sweep)
     else:
-        sweep, rule = candidate_sweep(lm, requests, method), gentlest
+        sweep = candidate_sweep(lm, requests, method)
+        taken = gentlest(sweep, method)
     print(sweep.round(4).to_string(index=False))
-    print("chosen:", rule(sweep).to_dict())
+    print("chosen:", taken.to_dict())
 
 
 @app.command()

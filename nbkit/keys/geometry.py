@@ -81,6 +81,7 @@ def split_half_agreement(
     texts: Sequence[str],
     n_tokens: int | None = None,
     cache: str | Path | None = None,
+    ridge: float = 0.0,
 ) -> Float[np.ndarray, " key"]:
     """How sure the direction u of C⁻¹k is: its cosine by the second moments of two halves of the text, for each key k.
 
@@ -88,23 +89,26 @@ def split_half_agreement(
         texts: the first half is every other one, the second those between, so that both are of the same kind. Each
             must hold half of `n_tokens`, or PromptError.
         n_tokens: of the C in question; each half has half of them. None: all.
-        cache: as in `second_moment`.
+        cache: as in `second_moment`. ridge: of each half's C, see `moments.with_ridge`.
     """
     half = None if n_tokens is None else n_tokens // 2
     keys_there = torch.as_tensor(vectors, device=lm.device)
     solved = [
-        SecondMoments(second_moment(lm, layer, part, half, cache=cache), lm).solve(layer, keys_there).cpu().numpy()
+        SecondMoments(second_moment(lm, layer, part, half, cache=cache), lm).solve(layer, keys_there, ridge)
         for part in (texts[::2], texts[1::2])
     ]
-    return _cosine(*solved)
+    return _cosine(*(direction.cpu().numpy() for direction in solved))
 
 
-def second_moment_in_words(lm: LanguageModel, n_tokens: int, agreement: Float[np.ndarray, " key"]) -> str:
+def second_moment_in_words(
+    lm: LanguageModel, n_tokens: int, agreement: Float[np.ndarray, " key"], ridge: float = 0.0
+) -> str:
     """How far a C of so many tokens can be trusted, for captions. agreement: of `split_half_agreement`."""
     middle, low = np.quantile(agreement, [0.5, 0.05])
+    added = f" and {ridge:g} of its mean eigenvalue added to its diagonal" if ridge else ""
     return (
-        f"C of {n_tokens} tokens, {n_tokens / lm.d_mlp:.0f} for each dimension of a key; two halves of them give a "
-        f"C⁻¹k̄ with a median cosine of {middle:.3f}, 5 % quantile {low:.3f}"
+        f"C of {n_tokens} tokens, {n_tokens / lm.d_mlp:.0f} for each dimension of a key{added}; two halves of them "
+        f"give a C⁻¹k̄ with a median cosine of {middle:.3f}, 5 % quantile {low:.3f}"
     )
 
 

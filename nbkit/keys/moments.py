@@ -108,6 +108,17 @@ def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: b
     return second_moments(lm, layers, texts, cache=paths.RUNS / "moments", progress=progress)
 
 
+def with_ridge(second_moment: Float[Tensor, "d d"], ridge: float) -> Float[Tensor, "d d"]:
+    """C with `ridge` times its mean eigenvalue added to its diagonal, in float64; C is not changed.
+
+    Where ordinary text has next to no keys in some directions, C⁻¹ is made of what few tokens happened to have there.
+    """
+    added = ridge * second_moment.double().diagonal().mean()
+    return second_moment.double() + added * torch.eye(
+        len(second_moment), dtype=torch.float64, device=second_moment.device
+    )
+
+
 def factor(second_moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Lower Cholesky factor L of C = L Lᵀ in float64. MethodError if C is not positive definite."""
     lower, info = torch.linalg.cholesky_ex(second_moment.double())
@@ -128,18 +139,20 @@ class SecondMoments:
     def __init__(self, given: Tensor | np.ndarray | Mapping[int, Tensor] | None, lm: LanguageModel):
         self._lm = lm
         self._given = given
-        self._factors: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, float], Tensor] = {}
         self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __bool__(self) -> bool:
         return self._given is not None
 
-    def solve(self, layer: int, vectors: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-        """C⁻¹ of one vector, or of each of any number, in float64."""
-        if layer not in self._factors:
-            self._factors[layer] = factor(self.matrix(layer))
+    def solve(
+        self, layer: int, vectors: Float[Tensor, "*batch d_mlp"], ridge: float = 0.0
+    ) -> Float[Tensor, "*batch d_mlp"]:
+        """C⁻¹ of one vector, or of each of any number, in float64; C is that `with_ridge`."""
+        if (layer, ridge) not in self._factors:
+            self._factors[layer, ridge] = factor(with_ridge(self.matrix(layer), ridge))
         columns = vectors.double().reshape(-1, vectors.shape[-1]).T
-        return torch.cholesky_solve(columns, self._factors[layer]).T.reshape(vectors.shape)
+        return torch.cholesky_solve(columns, self._factors[layer, ridge]).T.reshape(vectors.shape)
 
     def small_directions(self, layer: int, threshold: float) -> Float[Tensor, "d_mlp m"]:
         """Orthonormal eigenvectors of C whose eigenvalue is below `threshold`, where ordinary text has few keys.

@@ -11,7 +11,8 @@ templates (the empty one is among them). Which of them stand for k and k' is `ke
 | "prefixed" | k̄              | k̄          | C-ROME, R-ROME: with C, k·u cannot vanish                       |
 | "plain"    | k_u            | k_u        | p-ROME                                                          |
 
-Without a second moment C is the identity, as in the released settings of the collapse papers.
+Without a second moment C is the identity, as in the released settings of the collapse papers. A ridge is no part of the
+published method: it makes C⁻¹ k' hang less on the text that C is of, where C has directions that next to no key is in.
 
 Meng et al., Locating and Editing Factual Associations in GPT, eq. 2-4; for the modes, The Fall of ROME (Yang et al.)
 and Rebuilding ROME (Gupta et al.).
@@ -35,9 +36,10 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.keys.extract import KeyPass
 from nbkit.keys.moments import SecondMoments
-from nbkit.methods.method import MethodSettings, edit_made, in_order
+from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.language_model import LanguageModel
+from nbkit.models.memory import in_order
 from nbkit.records.bounds import bounded
 from nbkit.records.requests import EditRequest
 
@@ -49,6 +51,7 @@ class RomeParameters(ValueParameters):
     """The hyper-parameters of the search for v*, where it is made, and which keys the update is made of."""
 
     layer: int
+    second_moment_ridge: float = bounded(least=0)  # so many times C's mean eigenvalue is added to its diagonal
     key_mode: str = bounded(choices=KEY_MODES)
 
     @property
@@ -67,12 +70,13 @@ def rome(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSet
 
 
 def update_direction(
-    states: KeyPass, second_moments: SecondMoments, layer: int, key_mode: str
+    states: KeyPass, second_moments: SecondMoments, parameters: RomeParameters
 ) -> tuple[Float[Tensor, "edit d_mlp"], Float[Tensor, "edit d_model"], Float[Tensor, "edit d_mlp"]]:
     """k, W k + b and u of every edit, the last of unit norm in float64: all of the update but v*.
 
     states: keys and values, (edit, template, d), the first template being the empty one.
     """
+    layer, key_mode = parameters.layer, parameters.key_mode
     key_plain, key_mean = states.keys[:, 0], states.keys.mean(1)  # k_u, k̄
     # k' gives the direction of the update, k is the key that shall map to v*.
     key_direction = key_plain if key_mode == "plain" else key_mean
@@ -80,7 +84,10 @@ def update_direction(
         key, value_now = key_mean, states.values.mean(1)
     else:
         key, value_now = key_plain, states.values[:, 0]
-    u = (second_moments.solve(layer, key_direction) if second_moments else key_direction).double()
+    if second_moments:
+        u = second_moments.solve(layer, key_direction, parameters.second_moment_ridge)
+    else:
+        u = key_direction.double()
     return key, value_now, u / u.norm(dim=-1, keepdim=True)
 
 
@@ -93,7 +100,7 @@ def _rank_one_edits(
 ) -> list[Edit]:
     """The closed form, for all requests of a batch: shapes are (edit, d) throughout."""
     layer, key_mode = settings.parameters.layer, settings.parameters.key_mode
-    key, value_now, u = update_direction(states, settings.second_moments, layer, key_mode)
+    key, value_now, u = update_direction(states, settings.second_moments, settings.parameters)
     value_init = states.values[:, 0]  # the unprefixed value, in every key mode
     value_star = torch.stack([value.value_star for value in optimised])
 

@@ -45,7 +45,7 @@ def collapse_risk(
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), len(MEASURED), dtype=torch.float64)
     for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
-        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters.layer, parameters.key_mode)
+        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters)
         value_init = of_batch.values[:, 0]
         divisor = (key.double() * u).sum(-1)
         norm = value_init.double().norm(dim=-1)
