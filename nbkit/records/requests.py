@@ -188,8 +188,12 @@ def _locate(path_or_name: str | Path, known: dict[str, str], what: str) -> Path:
     if not isinstance(path_or_name, str | Path):
         raise RequestError(f"a file of {what} is given by its path or name, not by {shown(path_or_name)}")
     name = str(path_or_name)
-    path = paths.DATA / known[name] if name in known else Path(name).expanduser()
-    if not path.is_file():
+    try:
+        path = paths.DATA / known[name] if name in known else Path(name).expanduser()
+        here = path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of a user whom nobody knows
+        raise RequestError(f"no file of {what} is at {shown(name)}: {error}") from error
+    if not here:
         meant = nearest(name, list(known))
         raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(known)}{meant}")
     return path
