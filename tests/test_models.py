@@ -181,19 +181,19 @@ def test_a_model_type_that_nobody_knows(tmp_path):
 def test_a_truncated_weights_file(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="own-model: its tokenizer or weights cannot be read"):
+    with pytest.raises(ModelError, match="own-model: its weights .*cannot be read"):
         load(folder)
 
 
 def test_a_weights_file_of_noise(folder):
     (folder / "model.safetensors").write_bytes(b"\x00\xff" * 500)
-    with pytest.raises(ModelError, match="own-model: its tokenizer or weights cannot be read"):
+    with pytest.raises(ModelError, match="own-model: its weights .*cannot be read"):
         load(folder)
 
 
 def test_no_weights_file(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="own-model: its tokenizer or weights cannot be read"):
+    with pytest.raises(ModelError, match="own-model: its weights .*cannot be read"):
         load(folder)
 
 

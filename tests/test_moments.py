@@ -257,9 +257,9 @@ def test_bad_arguments(tiny, texts):
         second_moment(tiny, 1, texts[0])
     with pytest.raises(PromptError, match="hold no tokens"):
         second_moment(tiny, 1, [])
-    with pytest.raises(PromptError, match="at least one token"):
+    with pytest.raises(PromptError, match="n_tokens must be a whole number from 1 on"):
         second_moment(tiny, 1, texts, n_tokens=0)
-    with pytest.raises(MethodError, match="at least one row"):
+    with pytest.raises(MethodError, match="batch_size must be a whole number from 1 on"):
         second_moment(tiny, 1, texts, batch_size=0)
     with pytest.raises(ModelError, match="no layer is asked for"):
         second_moments(tiny, [], texts)

@@ -4,21 +4,27 @@
     with reading_tensors(path, "second moment", "delete it to have it computed anew") as (tensors, about):
         C, n_tokens = tensors["second_moment"], about["n_tokens"]
 
-Nothing in such a file is ever executed. Numbers keep every bit, NaN and infinity included.
+Nothing in such a file is ever executed. Numbers keep every bit, NaN and infinity included, and a bit that has changed
+since is noticed: the metadata hold a checksum of everything else. A file from before there was one is read without.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nbkit.errors import ResultsError
 from nbkit.records.files import replacing
+
+# Two names in the metadata, so that no damage of one of them makes a file look as if it never had a checksum.
+CHECKED, CHECKSUM = "nbkit.checked", "nbkit.sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -35,6 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
             own[name] = own[name].clone()
         places.add(own[name].untyped_storage().data_ptr())
     metadata = {name: json.dumps(value) for name, value in about.items()}
+    metadata |= {CHECKED: "yes", CHECKSUM: _checksum(own, metadata)}
     try:
         with replacing(path) as temporary:
             save_file(own, temporary, metadata)
@@ -53,7 +60,11 @@ def reading_tensors(path: Path, what: str, advice: str = "") -> Iterator[tuple[d
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            metadata = file.metadata() or {}
+        marks = [metadata.pop(name, None) for name in (CHECKED, CHECKSUM)]
+        if marks != [None, None] and marks != ["yes", _checksum(tensors, metadata)]:
+            raise ValueError("its content is not that of its checksum")
+        about = {name: json.loads(text) for name, text in metadata.items()}
         yield tensors, about
     except ResultsError:
         raise
@@ -63,3 +74,12 @@ def reading_tensors(path: Path, what: str, advice: str = "") -> Iterator[tuple[d
         reason = f"{type(error).__name__}: {error}"
         advice = advice and f"; {advice}"
         raise ResultsError(f"{path} is damaged, or no {what} ({reason}){advice}") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 of names, types, shapes and every bit. The tensors are contiguous and on the CPU."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

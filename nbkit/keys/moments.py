@@ -31,9 +31,11 @@ from nbkit.models.hooks import capture, replace
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
 from nbkit.records import embedded
+from nbkit.records.bounds import check_number, shown
 from nbkit.records.requests import read_texts
 
 LONG = 1024  # tokens: a batch has room for so many rows of a context, or of this where the context is longer
+TOLERATED = 1e-5  # of C that was kept in float32: how far rounding may take it from symmetric and semi-definite
 CHUNK = 4  # batches' worth of tokens whose windows are sorted by length together
 
 
@@ -119,6 +121,24 @@ def with_ridge(second_moment: Float[Tensor, "d d"], ridge: float) -> Float[Tenso
     )
 
 
+def check_moment(second_moment: Float[Tensor, "d d"], name: str) -> None:
+    """MethodError, calling it `name`, for a matrix that is no mean of k kᵀ: it must be finite, symmetric to
+    `TOLERATED` of its largest entry, and positive semi-definite, eigenvalues below zero being rounding up to
+    `TOLERATED` of the trace. C of few tokens is singular, and right. Costs one Cholesky factorisation in float64."""
+    largest = second_moment.abs().max()
+    if not largest.isfinite():
+        raise MethodError(f"{name} holds NaN or infinite values; compute it anew")
+    if not largest:
+        raise MethodError(f"{name} is zero everywhere, which that of no keys is")
+    unlike = (second_moment - second_moment.T).abs().max()
+    if unlike > TOLERATED * largest:
+        raise MethodError(f"{name} is not symmetric (C and its transpose differ by up to {unlike:.3g}), as E[k kᵀ] is")
+    moment = second_moment.double()
+    raised = moment + TOLERATED * moment.trace() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    if moment.diagonal().min() < 0 or torch.linalg.cholesky_ex(raised).info.item():
+        raise MethodError(f"{name} has negative eigenvalues, and E[k kᵀ] has none; was it computed as a mean of k kᵀ?")
+
+
 def factor(second_moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Lower Cholesky factor L of C = L Lᵀ in float64. MethodError if C is not positive definite."""
     lower, info = torch.linalg.cholesky_ex(second_moment.double())
@@ -134,11 +154,18 @@ class SecondMoments:
     """The second moments an edit was given, by layer, each factored once when first needed.
 
     `given`: None, one matrix (meant for whichever layer is asked for), or {layer: matrix}; NumPy arrays will do.
+    Anything else is a MethodError; a matrix is checked when it is first used (`check_moment`).
     """
 
     def __init__(self, given: Tensor | np.ndarray | Mapping[int, Tensor] | None, lm: LanguageModel):
+        for matrix in given.values() if isinstance(given, Mapping) else [given]:
+            if not isinstance(matrix, Tensor | np.ndarray) and (matrix is not None or isinstance(given, Mapping)):
+                raise MethodError(
+                    f"a second moment is a matrix (a tensor or NumPy array) or {{layer: matrix}}, not {shown(matrix)}"
+                )
         self._lm = lm
         self._given = given
+        self._matrices: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, float], Tensor] = {}
         self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -170,19 +197,30 @@ class SecondMoments:
         return vectors[:, values < threshold]
 
     def matrix(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
-        """C of a layer on the model's device; MethodError if none of its size was given."""
+        """C of a layer on the model's device; MethodError if none of its size was given, or what was given is none."""
+        if layer not in self._matrices:
+            self._matrices[layer] = self._checked(layer)
+        return self._matrices[layer]
+
+    def _checked(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
         matrix = self._given
         if isinstance(matrix, Mapping):
             if layer not in matrix:
-                raise MethodError(f"no second moment is given for layer {layer}, only for {sorted(matrix)}")
+                raise MethodError(f"no second moment is given for layer {layer}, only for {list(matrix)}")
             matrix = matrix[layer]
-        matrix = torch.as_tensor(matrix, device=self._lm.device)
+        try:
+            matrix = torch.as_tensor(matrix, device=self._lm.device)
+        except (TypeError, ValueError) as error:
+            raise MethodError(f"the second moment of layer {layer} is no matrix of numbers: {error}") from error
+        if matrix.is_complex() or matrix.dtype == torch.bool:
+            raise MethodError(f"the second moment of layer {layer} must hold real numbers, not {matrix.dtype}")
         expected = (self._lm.d_mlp, self._lm.d_mlp)
         if tuple(matrix.shape) != expected:
             raise MethodError(
                 f"the second moment of {self._lm.name} must be {expected}, not {tuple(matrix.shape)}; "
                 "is it another model's?"
             )
+        check_moment(matrix, f"the second moment of layer {layer}")
         return matrix
 
 
@@ -272,10 +310,13 @@ def _check(
 ) -> list[int]:
     if isinstance(texts, str):
         raise PromptError("texts must be a list of texts, not one text")
-    if n_tokens is not None and n_tokens < 1:
-        raise PromptError(f"n_tokens is {n_tokens}: at least one token is needed, or None for all that the texts hold")
-    if batch_size < 1:
-        raise MethodError(f"batch_size is {batch_size}: a batch has at least one row")
+    if not isinstance(texts, Iterable):
+        raise PromptError(f"texts must be a list of texts, not {shown(texts)}")
+    if n_tokens is not None:
+        check_number("n_tokens", n_tokens, whole=True, error=PromptError, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise ModelError(f"layers must be a list of layers, not {shown(layers)}")
     layers = list(dict.fromkeys(lm.check_layer(layer) for layer in layers))
     if not layers:
         raise ModelError("no layer is asked for")

@@ -238,7 +238,7 @@ def architecture_of(config, name: str, side: Side = "decoder") -> Architecture:
     """The row of a configuration. ModelError says whether the model is of the wrong kind or only not in the table."""
     kind = config.model_type
     rows = ENCODER_DECODERS.get(kind) or ({"decoder": ARCHITECTURES[kind]} if kind in ARCHITECTURES else {})
-    if side in rows:
+    if isinstance(side, str) and side in rows:
         return rows[side]
     if rows:
         raise ModelError(f"{name} ({kind}) has no side {side!r}; it has {' and '.join(rows)}")

@@ -13,18 +13,29 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
 from nbkit.models import kept
+from nbkit.models.checkpoint_files import (
+    INDEX,
+    check_config,
+    check_folder,
+    check_shards,
+    check_tokenizer,
+    check_weights,
+)
+from nbkit.models.devices import device_named, dtype_named
 from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
 from nbkit.records import embedded
+from nbkit.records.bounds import check_text, shown
 from nbkit.records.embedded import embedded_models
 
 __all__ = ["embedded_models", "load"]
@@ -50,19 +61,33 @@ def load(
     side: of an encoder-decoder (T5), whose keys alone can be read: the "decoder" reads as a language model does, the
     "encoder" sees both ways (models/sides.py). Other models have a decoder only.
     """
+    if not isinstance(name, str | Path):
+        raise ModelError(f"a model is given by its name or folder, not by {shown(name)}")
     name = str(name)
+    check_text("the name of the model", name, ModelError)
+    if revision is not None:
+        check_text("revision", revision, ModelError)
+    if not isinstance(trust_remote_code, bool):
+        raise ModelError(f"trust_remote_code must be True or False, not {shown(trust_remote_code)}")
     place = embedded.locate_model(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, str):
         source |= _asked_once(place, revision)
+    else:
+        check_folder(place)
     try:
         config = AutoConfig.from_pretrained(place, **source)
     except (OSError, ValueError) as error:
         where = "the folder" if isinstance(place, Path) else "the Hugging Face hub or its local cache"
         raise ModelError(f"no model of a known type for {name!r} in {where}: {error}") from error
+    except Exception as error:  # whatever it meets where a field has a value of another type than it expects
+        raise ModelError(f"{name}: its config.json cannot be used: {error}") from error
     architecture = architecture_of(config, name, side)  # refuses a model before its weights are read
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = _dtype(dtype, config, device)
+    check_config(config, name, architecture)
+    if isinstance(place, str):
+        _check_index_of_hub(place, revision, source.get("local_files_only", False))
+    device = device_named(device)
+    dtype = dtype_named(dtype, config.dtype, device)
     key = (*kept.state_of(place), revision, trust_remote_code, side, str(device), str(dtype))
     lm = kept.take(key, name, side)
     if lm is not None:
@@ -70,16 +95,21 @@ def load(
         return lm
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **source)
-        kind = AutoModelForSeq2SeqLM if architecture.side else AutoModelForCausalLM
+    except Exception as error:  # as above
+        raise ModelError(f"{name}: its tokenizer cannot be read, a file is missing or damaged: {error!r}") from error
+    kind = AutoModelForSeq2SeqLM if architecture.side else AutoModelForCausalLM
+    try:
         model, report = kind.from_pretrained(
-            place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **source,
+        )  # fmt: skip
+    except Exception as error:
         raise ModelError(
-            f"{name}: its tokenizer or weights cannot be read, a file is missing or damaged: {error}"
+            f"{name}: its weights (model.safetensors) cannot be read, a file is missing or damaged: {error}"
         ) from error
-    if report["missing_keys"]:
-        raise ModelError(f"{name}: its files lack the weights {', '.join(sorted(report['missing_keys']))}")
+    if unused := check_weights(report, config, name, architecture):
+        warnings.warn(unused, stacklevel=2)
+    check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     check_finite(model, name, "the file is damaged")
     _align(model)
     lm = LanguageModel.wrap(model.to(device), tokenizer, name, side)
@@ -107,6 +137,8 @@ def _asked_once(name: str, revision: str | None) -> dict[str, bool]:
             f"the Hugging Face hub has no model {name!r}, or it is private and no token is set"
             f"{embedded.nearest_models(name)}"
         ) from error
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} can be no id of the Hugging Face hub: {error}") from error
     except HfHubHTTPError:  # it answered: what is amiss (a file, a revision) transformers says too
         return {}
     except (HTTPError, OfflineModeIsEnabled) as error:  # no connection
@@ -119,24 +151,25 @@ def _asked_once(name: str, revision: str | None) -> dict[str, bool]:
     return {}
 
 
+def _check_index_of_hub(name: str, revision: str | None, local_files_only: bool) -> None:
+    index = cached_file(
+        name, INDEX, revision=revision, local_files_only=local_files_only,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if index is not None:
+        check_shards(Path(index), here=False)
+
+
 def _origin(path: Path) -> str | None:
     """What a model that `LanguageModel.save` wrote was before; None for others. ModelError for a damaged file."""
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["origin"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        origin = json.loads(path.read_text(encoding="utf-8"))["origin"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
-
-
-def _dtype(dtype: str | torch.dtype, config, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if device.type != "cpu" and config.dtype == torch.bfloat16 else torch.float32
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError(f"unknown dtype {dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float64'")
-    return getattr(torch, dtype)
+    check_text(f"{path} is damaged: origin", origin, ModelError)
+    return origin
 
 
 def _check_bos(lm: LanguageModel) -> None:

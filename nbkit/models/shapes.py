@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
 from nbkit.errors import ModelError
+from nbkit.models.devices import device_named
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import free_memory
 from nbkit.records import embedded
@@ -70,7 +71,7 @@ def random_model(shape: str, device: str = "auto", precision: str = "float32", s
     """
     gc.collect()  # an earlier model that nobody holds but itself would take the room of this one
     check_shapes([shape], [precision], device)
-    device = _device(device)
+    device = device_named(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         model = _model(shape, dtype=PRECISIONS[precision][0])
@@ -80,7 +81,7 @@ def random_model(shape: str, device: str = "auto", precision: str = "float32", s
 
 def check_shapes(shapes: Sequence[str], precisions: Sequence[str], device: str = "auto") -> None:
     """ModelError for the first that is unknown or too large, before hours are spent on the others."""
-    place = _device(device)
+    place = device_named(device)
     free = free_memory(place)
     for shape, precision in itertools.product(shapes, precisions):
         if shape not in SHAPES:
@@ -103,10 +104,6 @@ def n_parameters(shape: str) -> int:
 
 def _model(shape: str, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(SHAPES[shape].config(**SHAPES[shape].sizes), **options)
-
-
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 @contextmanager

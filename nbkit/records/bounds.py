@@ -10,6 +10,7 @@
 
 import difflib
 import operator
+import reprlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -24,6 +25,9 @@ BOUNDS = {
     "most": (operator.le, "up to {}"),
 }
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
 
 def check_number(
     name: str, value: Any, whole: bool = False, error: type[NbkitError] = MethodError, **bounds: float
@@ -34,7 +38,37 @@ def check_number(
             return
     words = ["a whole number" if whole else "a number"]
     words += [" and ".join(BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())] if bounds else []
-    raise error(f"{name} must be {' '.join(words)}, not {value!r}")
+    raise error(f"{name} must be {' '.join(words)}, not {shown(value)}")
+
+
+def check_text(name: str, value: Any, error: type[NbkitError] = MethodError) -> None:
+    """The error unless `value` is a text with more than space in it, all of which UTF-8 can write."""
+    if not isinstance(value, str):
+        raise error(f"{name} must be text, not {type(value).__name__} ({shown(value)})")
+    if not value.strip():
+        raise error(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as fault:
+        raise error(
+            f"{name} holds {value[fault.start]!r} at place {fault.start}, half of a surrogate pair and no character"
+        ) from fault
+
+
+def check_texts(name: str, values: Any, error: type[NbkitError] = MethodError) -> None:
+    """The error unless `values` is a list or tuple of such texts; a text, a dict or a generator is none."""
+    if not isinstance(values, list | tuple):
+        raise error(f"{name} must be a list of texts, not {type(values).__name__} ({shown(values)})")
+    for index, value in enumerate(values):
+        check_text(f"{name}[{index}]", value, error)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: not more than a line of it, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of thousands of digits, which Python does not write out
+        return "a number of thousands of digits"
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

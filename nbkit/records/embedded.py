@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nbkit import paths
 from nbkit.errors import ModelError
+from nbkit.records.bounds import shown
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ def locate_model(name: str, folder: str | Path = ".") -> Path | str:
     """
     if name in embedded_models():
         return paths.DATA / "models" / name
-    place = Path(folder, Path(name).expanduser())
-    if place.is_dir():
+    try:
+        place = Path(folder, Path(name).expanduser())
+        here = place.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of a user whom nobody knows
+        raise ModelError(f"no model is at {shown(name)}: {error}") from error
+    if here:
         if not (place / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no model: it has no config.json{nearest_models(name, folder)}")
         return place

@@ -17,18 +17,22 @@ A file is a JSON list or JSON lines. The schema is recognised record by record:
 Nothing here imports torch: requests can be read where no model is.
 """
 
-import json
 import random
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from nbkit import paths
 from nbkit.errors import RequestError
 from nbkit.records import embedded
-from nbkit.records.bounds import check_number, nearest
+from nbkit.records.bounds import check_number, check_text, check_texts, nearest, shown
+from nbkit.records.text_files import read_lines, read_records
+
+LISTS = ("paraphrase_prompts", "neighborhood_prompts", "neighborhood_targets", "generation_prompts")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ class EditRequest:
     """One wish: after `prompt` about `subject`, the model shall say `target_new`.
 
     `prompt` holds exactly one `{}`, the subject's place. `neighborhood_targets` are the right answers of
-    `neighborhood_prompts`, one each (or none at all). `generation_prompts` open texts about the subject, for what a
-    model says by itself. Raises RequestError, naming `case_id`, for a record that no method could use.
+    `neighborhood_prompts`, one each. `generation_prompts` open texts about the subject, for what a model says by
+    itself. `case_id` is a text, or a whole number of at most 64 bits. Raises RequestError, naming `case_id` and the
+    field, for a record that no method could use.
     """
 
     prompt: str
@@ -52,14 +57,14 @@ class EditRequest:
     generation_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.case_id is not None and not isinstance(self.case_id, str):
+            object.__setattr__(self, "case_id", _whole_id(self.case_id, self.subject))
         for field in ("prompt", "subject", "target_new"):
+            check_text(f"{self.label}: {field}", getattr(self, field), RequestError)
+        for field in ("case_id", "target_true", "relation_id"):
             value = getattr(self, field)
-            if not isinstance(value, str):
-                raise RequestError(f"{self.label}: {field} must be text, not {type(value).__name__}")
-            if not value.strip():
-                raise RequestError(f"{self.label}: {field} is empty")
-        if self.target_true is not None and not isinstance(self.target_true, str):
-            raise RequestError(f"{self.label}: target_true must be text, not {type(self.target_true).__name__}")
+            if value is not None and not (field == "case_id" and isinstance(value, int)):
+                check_text(f"{self.label}: {field}", value, RequestError)
         if self.prompt.count("{}") != 1:
             raise RequestError(
                 f"{self.label}: the prompt {self.prompt!r} has {self.prompt.count('{}')} places marked {{}}; "
@@ -67,15 +72,13 @@ class EditRequest:
             )
         if self.target_true is not None and self.target_new.strip() == self.target_true.strip():
             raise RequestError(f"{self.label}: target_new equals target_true ({self.target_new!r}); nothing to edit")
-        for field in ("paraphrase_prompts", "neighborhood_prompts", "neighborhood_targets", "generation_prompts"):
-            value = getattr(self, field)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-                raise RequestError(f"{self.label}: {field} must be a list of texts, not {value!r}")
-            object.__setattr__(self, field, tuple(value))
-        if self.neighborhood_targets and len(self.neighborhood_targets) != len(self.neighborhood_prompts):
+        for field in LISTS:
+            check_texts(f"{self.label}: {field}", getattr(self, field), RequestError)
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if len(self.neighborhood_targets) != len(self.neighborhood_prompts):
             raise RequestError(
                 f"{self.label}: {len(self.neighborhood_prompts)} neighborhood_prompts "
-                f"but {len(self.neighborhood_targets)} neighborhood_targets"
+                f"but {len(self.neighborhood_targets)} neighborhood_targets; each prompt needs its right answer"
             )
 
     @property
@@ -94,20 +97,22 @@ class EditRequest:
     def label(self) -> str:
         """How messages name this record."""
         name = f"request {self.case_id}" if self.case_id is not None else "request"
-        return f"{name} (subject {self.subject!r})"
+        return f"{name} (subject {shown(self.subject)})"
 
 
 def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int | None = None) -> list[EditRequest]:
     """Read a file of requests, or an embedded one by its name (`"miniworld"`).
 
-    `limit`: at most so many; with a `seed` a random sample in random order, else the first ones of the file.
+    `limit`: at most so many; with a `seed`, a random sample in random order, else the first ones of the file.
     Raises RequestError naming file and record for one that is malformed, and for a file without any. A zsRE record
     whose question does not hold the subject is skipped with a warning; a guess would edit at the wrong token.
     """
     _check_limit(limit)
+    if seed is not None:
+        check_number("seed", seed, whole=True, error=RequestError, least=0)
     path = _locate(path_or_name, embedded.REQUESTS, "requests")
     requests = []
-    for index, record in enumerate(_read_records(path)):
+    for index, record in enumerate(read_records(path)):
         where = f"{path.name}, record {index}"
         if not isinstance(record, dict):
             raise RequestError(f"{where}: expected an object with named fields, found {type(record).__name__}")
@@ -119,12 +124,12 @@ def read_requests(path_or_name: str | Path, limit: int | None = None, seed: int 
             warnings.warn(f"{where} is skipped: {missing}", stacklevel=2)
         except KeyError as missing:
             raise RequestError(f"{where}: the field {missing} is missing") from missing
-        except (RequestError, TypeError, AttributeError) as error:
+        except RequestError as error:
             raise RequestError(f"{where}: {error}") from error
     if not requests:
         raise RequestError(f"{path} holds no request that can be used")
     if seed is not None:
-        requests = random.Random(seed).sample(requests, len(requests))
+        requests = random.Random(int(seed)).sample(requests, len(requests))
     return requests[:limit]
 
 
@@ -143,18 +148,19 @@ def read_texts(path_or_name: str | Path, limit: int | None = None) -> list[str]:
     _check_limit(limit)
     path = _locate(path_or_name, embedded.TEXTS, "texts")
     if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_lines(path)
         if not lines:
             raise RequestError(f"{path} holds no text")
-        n = embedded.DOCUMENTS.get(path_or_name, 1)
+        n = embedded.DOCUMENTS.get(str(path_or_name), 1)
         return ["\n".join(lines[start : start + n]) for start in range(0, len(lines), n)][:limit]
-    records = _read_records(path)[:limit]
+    records = read_records(path)[:limit]
     if not records:
         raise RequestError(f"{path} holds no text")
     for index, record in enumerate(records):
-        text = record.get("Text") if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise RequestError(f"{path.name}, record {index}: expected an object whose field Text holds a text")
+        where = f"{path.name}, record {index}"
+        if not isinstance(record, dict) or "Text" not in record:
+            raise RequestError(f"{where}: expected an object whose field Text holds a text, not {shown(record)}")
+        check_text(f"{where}: the field Text", record["Text"], RequestError)
     return [record["Text"] for record in records]
 
 
@@ -164,27 +170,33 @@ def _check_limit(limit: int | None) -> None:
         check_number("limit", limit, whole=True, error=RequestError, least=1)
 
 
+def _whole_id(case_id: Any, subject: Any) -> int | None:
+    """A whole number as Python's own, one of NumPy too; of the 64 bits that a table's column can hold."""
+    if isinstance(case_id, Integral) and not isinstance(case_id, bool) and -(2**63) <= case_id < 2**63:
+        return int(case_id)
+    raise RequestError(
+        f"request (subject {shown(subject)}): case_id must be a text or a whole number of at most 64 bits, not "
+        f"{shown(case_id)}"
+    )
+
+
 class _SubjectMissing(RequestError):
     """The filled-in prompt does not hold its subject."""
 
 
 def _locate(path_or_name: str | Path, known: dict[str, str], what: str) -> Path:
-    path = paths.DATA / known[path_or_name] if path_or_name in known else Path(path_or_name).expanduser()
-    if not path.is_file():
-        meant = nearest(str(path_or_name), list(known))
+    if not isinstance(path_or_name, str | Path):
+        raise RequestError(f"a file of {what} is given by its path or name, not by {shown(path_or_name)}")
+    name = str(path_or_name)
+    try:
+        path = paths.DATA / known[name] if name in known else Path(name).expanduser()
+        here = path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of a user whom nobody knows
+        raise RequestError(f"no file of {what} is at {shown(name)}: {error}") from error
+    if not here:
+        meant = nearest(name, list(known))
         raise RequestError(f"no file of {what} at {path}; embedded ones: {', '.join(known)}{meant}")
     return path
-
-
-def _read_records(path: Path) -> list:
-    """A JSON list, or JSON lines, as a list of records."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
 
 
 def _reader(record: dict) -> Callable[[dict], EditRequest]:
@@ -198,43 +210,44 @@ def _reader(record: dict) -> Callable[[dict], EditRequest]:
 
 
 def _from_counterfact(record: dict) -> EditRequest:
-    rewrite = record["requested_rewrite"]
-    target_true = rewrite["target_true"]["str"]
-    neighbors = tuple(record.get("neighborhood_prompts", ()))
+    rewrite = _object(record, "requested_rewrite")
+    new, true = (_object(rewrite, field) for field in ("target_new", "target_true"))
+    neighbors = record.get("neighborhood_prompts", ())
     return EditRequest(
         prompt=rewrite["prompt"],
         subject=rewrite["subject"],
-        target_new=rewrite["target_new"]["str"],
-        target_true=target_true,
+        target_new=new["str"],
+        target_true=_text(true, "str"),
         case_id=record.get("case_id"),
-        paraphrase_prompts=tuple(record.get("paraphrase_prompts", ())),
+        paraphrase_prompts=record.get("paraphrase_prompts", ()),
         neighborhood_prompts=neighbors,
-        neighborhood_targets=(target_true,) * len(neighbors),  # CounterFact's neighbours share the true object
+        # CounterFact's neighbours share the true object
+        neighborhood_targets=(true["str"],) * (len(neighbors) if isinstance(neighbors, list) else 0),
         relation_id=rewrite.get("relation_id"),
-        generation_prompts=tuple(record.get("generation_prompts", ())),
+        generation_prompts=record.get("generation_prompts", ()),
     )
 
 
 def _from_eight_fields(record: dict) -> EditRequest:
-    prompt, subject = record["prompt"], record["subject"]
+    prompt, subject = _text(record, "prompt"), record["subject"]
     return EditRequest(
         prompt=prompt if "{}" in prompt else cut_out(prompt, subject),
         subject=subject,
         target_new=record["target_new"],
         target_true=record.get("ground_truth", record.get("target_true")),
         case_id=record.get("case_id"),
-        paraphrase_prompts=_as_tuple(record.get("rephrase_prompt", record.get("paraphrase_prompts"))),
-        neighborhood_prompts=_as_tuple(record.get("locality_prompt", record.get("neighborhood_prompts"))),
-        neighborhood_targets=_as_tuple(record.get("locality_ground_truth", record.get("neighborhood_targets"))),
+        paraphrase_prompts=_one_or_more(record, "rephrase_prompt", "paraphrase_prompts"),
+        neighborhood_prompts=_one_or_more(record, "locality_prompt", "neighborhood_prompts"),
+        neighborhood_targets=_one_or_more(record, "locality_ground_truth", "neighborhood_targets"),
         relation_id=record.get("relation_id"),
-        generation_prompts=_as_tuple(record.get("generation_prompts")),
+        generation_prompts=_one_or_more(record, None, "generation_prompts"),
     )
 
 
 def _from_known(record: dict) -> EditRequest:
     # `prompt` goes on to just before the attribute, `template` may stop earlier: the former asks for the attribute.
     return EditRequest(
-        prompt=cut_out(record["prompt"], record["subject"]),
+        prompt=cut_out(_text(record, "prompt"), record["subject"]),
         subject=record["subject"],
         target_new=record["attribute"],
         case_id=record["known_id"],
@@ -243,16 +256,17 @@ def _from_known(record: dict) -> EditRequest:
 
 
 def _from_zsre(record: dict) -> EditRequest:
+    check_texts("answers", record.get("answers", []), RequestError)
     answers = record.get("answers") or [record["pred"]]
     return EditRequest(
-        prompt=cut_out(record["src"], record["subject"]),
+        prompt=cut_out(_text(record, "src"), record["subject"]),
         subject=record["subject"],
         target_new=record["alt"],
         target_true=answers[0],
         case_id=record.get("case_id"),
-        paraphrase_prompts=_as_tuple(record.get("rephrase")),
-        neighborhood_prompts=_as_tuple(record.get("loc")),
-        neighborhood_targets=_as_tuple(record.get("loc_ans")),
+        paraphrase_prompts=_one_or_more(record, "rephrase"),
+        neighborhood_prompts=_one_or_more(record, "loc"),
+        neighborhood_targets=_one_or_more(record, "loc_ans"),
     )
 
 
@@ -262,8 +276,7 @@ def cut_out(text: str, subject: str) -> str:
     The subject's last occurrence as whole words becomes `{}` ("Al" in "Also Al" is the second one), the last because
     there the model has read most of the prompt. A part of a word is taken only where it never stands as whole words.
     """
-    if not isinstance(subject, str) or not subject.strip():
-        raise RequestError(f"the subject of {text!r} is empty")
+    check_text(f"the subject of {text!r}", subject, RequestError)
     pattern = re.escape(subject)
     places = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text)) or list(re.finditer(pattern, text))
     if not places:
@@ -272,7 +285,20 @@ def cut_out(text: str, subject: str) -> str:
     return text[:start] + "{}" + text[end:]
 
 
-def _as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def _object(record: dict, field: str) -> dict:
+    if not isinstance(record[field], dict):
+        raise RequestError(f"{field} must be an object with named fields, not {shown(record[field])}")
+    return record[field]
+
+
+def _text(record: dict, field: str) -> str:
+    check_text(field, record[field], RequestError)
+    return record[field]
+
+
+def _one_or_more(record: dict, one: str | None, several: str | None = None) -> Any:
+    """The texts of the field `one`, which may be a text by itself, or else those of `several`, which is a list."""
+    value = record.get(one)
     if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else tuple(value)
+        return () if record.get(several) is None else record[several]
+    return (value,) if isinstance(value, str) else value

@@ -6,14 +6,17 @@
 A *study* is a folder named by the digest of its key, that is, of everything that determines its rows. A *unit* is what
 is computed in one piece (one edit, one sequence); its rows are stored together or not at all. Every few seconds the
 finished units are written to a new `part-*.parquet`, under a temporary name first, so an interrupted process leaves
-whole files only, and several processes can add to one study. Needs no torch.
+whole files only, and several processes can add to one study. A part's name holds its checksum, so damage to any bit is
+noticed; parts from before names did are read without. Needs no torch.
 """
 
 import contextlib
+import hashlib
+import io
 import json
 import os
+import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +35,9 @@ from nbkit.records.runs import note_units
 __all__ = ["Store", "Study", "provenance", "read_table"]
 
 FLUSH_SECONDS = 5.0  # what a killed process can lose, unless one unit takes longer
+
+# part-TIME-CHECKSUM.parquet; a part that an earlier version wrote has a random number of eight digits in its place
+PART = re.compile(r"part-.*?-(?:[0-9a-f]{8}|([0-9a-f]{64}))\.parquet")
 
 # Units that a failed write left in memory, by study folder: opening the study again in this process takes them over.
 _kept: dict[Path, dict[str, list[dict]]] = {}
@@ -98,7 +104,11 @@ class Study:
 
     def _read(self, part: Path) -> None:
         try:
-            table = pq.read_table(part)
+            content = part.read_bytes()
+            name = PART.fullmatch(part.name)
+            if name is None or name[1] not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError("its content is not that of the checksum in its name")
+            table = pq.read_table(pa.BufferReader(content))
             rows = table.drop_columns(["unit", "row"]).to_pylist()
             units = table.column("unit").to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -155,10 +165,13 @@ class Study:
             return
         rows = [{"unit": u, "row": i, **row} for u, rows in self._unsaved.items() for i, row in enumerate(rows)]
         schema = pa.schema([("unit", pa.string()), ("row", pa.int64()), *self._schema])
-        part = self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(part, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
+            content = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)
+            checksum = hashlib.sha256(content.getbuffer()).hexdigest()
+            part = self.folder / f"part-{time.time_ns():020d}-{checksum}.parquet"
+            write_atomically(part, lambda file: file.write(content.getbuffer()))
         except OSError as error:
             _kept[self.folder] = dict(self._unsaved)
             raise self._failure(error, f"{len(self._unsaved)} finished units are kept in memory") from error
@@ -252,8 +265,7 @@ class Study:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            key = json.dumps(self.key, indent=1, sort_keys=True, ensure_ascii=False)
-            write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
+            write_atomically(self.folder / "key.json", lambda file: file.write(_as_text(self.key).encode()))
         except OSError as error:
             raise self._failure(error, "nothing was computed") from error
         return self
@@ -266,9 +278,17 @@ class Study:
 def _key_in(folder: Path) -> dict:
     path = folder / "key.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        key = json.loads(text)
+        if text != _as_text(key) or digest(key) != folder.name:
+            raise ValueError("its content is not what its folder is named by")
+    except (OSError, ValueError, TypeError) as error:
         raise ResultsError(f"{path} is damaged ({error}): delete its folder to compute the study anew") from error
+    return key
+
+
+def _as_text(key: dict) -> str:
+    return json.dumps(key, indent=1, sort_keys=True, ensure_ascii=False)
 
 
 def _item(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Which stored rows a run of a notebook belongs to: a small file beside the rows, written while the run is on.
 
-    runs/results/STUDY/KEY/runs/DIGEST.json: {"run", "notebook", "parameters", "started", "units"}
+    runs/results/STUDY/KEY/runs/DIGEST.json: {"run", "notebook", "parameters", "started", "units", "checksum"}
 
 A run is known by the environment variable NBKIT_RUN, which the batch runner sets; in JupyterLab there is none. Several
 runs may ask for the same units, of which each is computed once.
@@ -17,6 +17,7 @@ from nbkit.records.files import write_atomically
 from nbkit.records.provenance import digest
 
 SETTING = "NBKIT_RUN"
+NOTED = {"run", "notebook", "parameters", "started", "units"}
 
 
 def note_units(folder: Path, units: Iterable[str]) -> None:
@@ -27,7 +28,8 @@ def note_units(folder: Path, units: Iterable[str]) -> None:
     path = folder / "runs" / f"{digest([run['run'], run['parameters']])}.json"
     earlier = _read(path)["units"] if path.is_file() and _read(path)["started"] == run["started"] else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = json.dumps({**run, "units": list(dict.fromkeys([*earlier, *units]))}, indent=1, ensure_ascii=False)
+    held = {**run, "units": list(dict.fromkeys([*earlier, *units]))}
+    held = json.dumps({**held, "checksum": digest(held)}, indent=1, ensure_ascii=False)
     write_atomically(path, lambda file: file.write(held.encode()))
 
 
@@ -37,7 +39,14 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A note without its checksum, which those that an earlier version wrote do not have."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+        run = json.loads(text)
+        written = json.dumps(run, indent=1, ensure_ascii=False)
+        checksum = run.pop("checksum", None)
+        if text != written or set(run) != NOTED or checksum not in (None, digest(run)):
+            raise ValueError("its content is not that of its checksum")
+    except (ValueError, AttributeError) as error:
         raise ResultsError(f"{path} is damaged ({error}): delete it, its run writes it anew") from error
+    return run
