@@ -11,7 +11,7 @@ import torch
 
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods import finetune, verbs
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.method import MethodSettings

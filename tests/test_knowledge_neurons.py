@@ -9,7 +9,7 @@ import torch
 
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, PromptError
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods import knowledge_neurons
 from nbkit.methods.knowledge_neurons import (
     ATTRIBUTED,

@@ -12,7 +12,8 @@ from nbkit.edits.tensor_files import write_tensors
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError, ModelError, PromptError, ResultsError
 from nbkit.keys.extract import token_keys
-from nbkit.keys.moments import SecondMoments, factor, second_moment, second_moments
+from nbkit.keys.moments import second_moment, second_moments
+from nbkit.keys.solving import SecondMoments, factor
 from nbkit.keys.windows import Place, batches, chunks, windows
 
 

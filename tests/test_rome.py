@@ -10,7 +10,7 @@ import torch
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError, ModelError, PromptError, RequestError
 from nbkit.keys.extract import in_contexts, keys_and_values
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.verbs import edit, edit_sequence
 from nbkit.models.loading import load
@@ -293,7 +293,7 @@ def test_a_second_moment_is_factored_once_for_many_calls(tiny, requests, context
     ridged = {"second_moment": moments, "second_moment_ridge": 0.5}
     (other,) = edit(tiny, requests[0], context_templates=contexts, **ridged, **SHORT)
     assert not torch.allclose(other.info["u"], shared.info["u"])
-    monkeypatch.setattr("nbkit.keys.moments.factor", lambda _matrix: pytest.fail("factored again"))
+    monkeypatch.setattr("nbkit.keys.solving.factor", lambda _matrix: pytest.fail("factored again"))
     edit(tiny, requests[1], context_templates=contexts, second_moment=moments, **SHORT)
     edit(tiny, requests[1], context_templates=contexts, **ridged, **SHORT)
 

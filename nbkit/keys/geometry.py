@@ -17,7 +17,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from nbkit.keys.extract import keys, token_keys
-from nbkit.keys.moments import SecondMoments, second_moment
+from nbkit.keys.moments import second_moment
+from nbkit.keys.solving import SecondMoments
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import context_templates as sampled_templates
 from nbkit.models.prompts import request_columns
@@ -89,7 +90,7 @@ def split_half_agreement(
         texts: the first half is every other one, the second those between, so that both are of the same kind. Each
             must hold half of `n_tokens`, or PromptError.
         n_tokens: of the C in question; each half has half of them. None: all.
-        cache: as in `second_moment`. ridge: of each half's C, see `moments.with_ridge`.
+        cache: as in `second_moment`. ridge: of each half's C, see `solving.with_ridge`.
     """
     half = None if n_tokens is None else n_tokens // 2
     keys_there = torch.as_tensor(vectors, device=lm.device)

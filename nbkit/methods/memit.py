@@ -47,7 +47,7 @@ from nbkit.edits.overlays import restoring
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import keys, widened
-from nbkit.keys.moments import SecondMoments, factor
+from nbkit.keys.solving import SecondMoments, factor
 from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.hooks import capture

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Update
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import by_cost
 from nbkit.models.prompts import subject_kind

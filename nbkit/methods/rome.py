@@ -35,7 +35,7 @@ from torch import Tensor
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.keys.extract import KeyPass
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.language_model import LanguageModel

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring, unedited
 from nbkit.errors import MethodError, RequestError
-from nbkit.keys.moments import SecondMoments, default_second_moments
+from nbkit.keys.moments import default_second_moments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.method import MethodSettings
 from nbkit.methods.table import METHODS, method_named

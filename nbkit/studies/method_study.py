@@ -19,7 +19,7 @@ from typing import Any
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
-from nbkit.keys.moments import SecondMoments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.setups import in_words
 from nbkit.methods.table import METHODS
