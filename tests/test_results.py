@@ -5,9 +5,12 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +19,7 @@ import pytest
 
 from nbkit import paths
 from nbkit.errors import ResultsError
-from nbkit.records import provenance, results, runs, tables
+from nbkit.records import parts, provenance, results, runs, tables
 from nbkit.records.results import Store
 from nbkit.records.tables import overview, write_table
 
@@ -168,7 +171,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch):
         self.full, self.write = True, pq.write_table
-        monkeypatch.setattr(results.pq, "write_table", self)
+        monkeypatch.setattr(parts.pq, "write_table", self)
 
     def __call__(self, table, file):
         if self.full:
@@ -211,12 +214,65 @@ def test_an_interrupt_while_writing_leaves_no_broken_part(store, monkeypatch):
     study.__enter__()
     study.add("unit 0", Compute()("unit 0"))
     with monkeypatch.context() as patch:
-        patch.setattr(results.pq, "write_table", interrupted)
+        patch.setattr(parts.pq, "write_table", interrupted)
         with pytest.raises(KeyboardInterrupt):
             study.flush()
     assert [path.name for path in study.folder.iterdir()] == ["key.json"]
     study.flush()
     assert store.study("toy", KEY).done("unit 0")
+
+
+def test_finished_units_are_stored_while_the_next_one_is_computed(store, monkeypatch):
+    monkeypatch.setattr(results, "FLUSH_SECONDS", 0.02)
+    seen = []
+
+    def compute(unit):
+        monkeypatch.setattr(results, "FLUSH_SECONDS", 1000.0)  # for `add`: what is stored, the waiting has stored
+        deadline = time.monotonic() + 20
+        while seen and unit not in store.study("toy", KEY).units and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if seen[-1] in store.study("toy", KEY).units:
+                break
+        seen.append(unit)
+        yield {"case_id": UNITS.index(unit), "stored": len(store.study("toy", KEY).units)}
+
+    assert store.study("toy", KEY).complete(UNITS[:3], compute)["stored"].tolist() == [0, 1, 2]
+
+
+def test_units_computed_together_are_stored_at_once_and_again_beside_the_same(store):
+    asked = []
+
+    def compute(units, stop=True):
+        asked.append(units)
+        if stop and len(asked) == 3:
+            raise KeyboardInterrupt
+        yield [(unit, [{"case_id": UNITS.index(unit)}]) for unit in units]
+        assert set(units) <= set(store.study("toy", KEY).units)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.study("toy", KEY).complete_together(UNITS, compute, size=2)
+    assert len(list(store.study("toy", KEY).folder.glob("part-*.parquet"))) == 2
+    frame = store.study("toy", KEY).complete_together(UNITS, partial(compute, stop=False), size=2)
+    assert frame["case_id"].tolist() == list(range(7))
+    assert asked == [UNITS[:2], UNITS[2:4], UNITS[4:6], UNITS[4:6], UNITS[6:]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_process_stores_what_is_finished(store, number):
+    code = """
+        import os, sys, time
+        from nbkit.records import results
+        def compute(unit):
+            if unit == "2":
+                os.kill(os.getpid(), int(sys.argv[2]))
+                time.sleep(20)
+            return [{"number": int(unit)}]
+        results.Store(sys.argv[1]).study("toy", {"seed": 0}).complete([str(i) for i in range(5)], compute)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(store.folder), str(int(number))]
+    assert subprocess.run(command, cwd=paths.ROOT, capture_output=True, timeout=60).returncode == -number
+    assert store.study("toy", {"seed": 0}).units == ["0", "1"]
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_values_that_no_column_can_hold_are_refused_and_the_rest_is_kept(store):

@@ -4,40 +4,36 @@
     frame = study.complete(units, compute)      # compute(unit) -> rows; units that are stored are not computed again
 
 A *study* is a folder named by the digest of its key, that is, of everything that determines its rows. A *unit* is what
-is computed in one piece (one edit, one sequence); its rows are stored together or not at all. Every few seconds the
-finished units are written to a new `part-*.parquet`, under a temporary name first, so an interrupted process leaves
-whole files only, and several processes can add to one study. A part's name holds its checksum, so damage to any bit is
-noticed; parts from before names did are read without. Needs no torch.
+is computed in one piece (one edit, one sequence); its rows are stored together or not at all. Finished units are stored
+every few seconds, also while the next one is being computed; those that were computed side by side at once, all or
+none. A process that is killed loses the finished units of `FLUSH_SECONDS` and what it was computing; one that is
+interrupted, or ended by SIGTERM or SIGHUP, loses what it was computing. Several can add to one study. Needs no torch.
 """
 
 import contextlib
-import hashlib
-import io
 import json
 import os
-import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.errors import ResultsError
 from nbkit.records.files import write_atomically
+from nbkit.records.keeper import kept_up
+from nbkit.records.parts import PARTS, read_part, write_part
 from nbkit.records.provenance import canonical, digest, now, plain, provenance
 from nbkit.records.runs import note_units
 
 __all__ = ["Store", "Study", "provenance", "read_table"]
 
-FLUSH_SECONDS = 5.0  # what a killed process can lose, unless one unit takes longer
-
-# part-TIME-CHECKSUM.parquet; a part that an earlier version wrote has a random number of eight digits in its place
-PART = re.compile(r"part-.*?-(?:[0-9a-f]{8}|([0-9a-f]{64}))\.parquet")
+FLUSH_SECONDS = 5.0  # what a killed process can lose of finished units that were computed one by one
 
 # Units that a failed write left in memory, by study folder: opening the study again in this process takes them over.
 _kept: dict[Path, dict[str, list[dict]]] = {}
@@ -80,9 +76,10 @@ class Study:
         self._schema = pa.schema([])
         self._stored: dict[str, list[dict]] = {}
         self._unsaved: dict[str, list[dict]] = {}
+        self._lock = threading.RLock()  # of what is unsaved; a signal's handler may flush while this thread does
         self._last_flush = time.monotonic()
         self._check_key()
-        for part in sorted(folder.glob("part-*.parquet")):
+        for part in sorted(folder.glob(PARTS)):
             self._read(part)
         for unit, rows in _kept.get(folder, {}).items():
             self._admit(unit, rows)
@@ -103,22 +100,10 @@ class Study:
             raise ResultsError(f"{path} holds another key than its folder's name says: delete the folder")
 
     def _read(self, part: Path) -> None:
-        try:
-            content = part.read_bytes()
-            name = PART.fullmatch(part.name)
-            if name is None or name[1] not in (None, hashlib.sha256(content).hexdigest()):
-                raise ValueError("its content is not that of the checksum in its name")
-            table = pq.read_table(pa.BufferReader(content))
-            rows = table.drop_columns(["unit", "row"]).to_pylist()
-            units = table.column("unit").to_pylist()
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise ResultsError(f"{part} is damaged ({error}): delete it to have its rows computed again") from error
-        by_unit: dict[str, list[dict]] = {}
-        for unit, row in zip(units, rows, strict=True):
-            by_unit.setdefault(unit, []).append(row)
+        by_unit, schema = read_part(part)
         for unit, unit_rows in by_unit.items():
             self._stored.setdefault(unit, unit_rows)  # two processes may both have computed it: the first one counts
-        self._schema = self._joined(table.drop_columns(["unit", "row"]).schema, str(part))
+        self._schema = self._joined(schema, str(part))
 
     def _joined(self, schema: pa.Schema, where: str) -> pa.Schema:
         """The study's columns with those of `schema`, whole numbers widened to decimal ones where both occur."""
@@ -146,13 +131,27 @@ class Study:
         Values are text, numbers (numpy's and one-element tensors too), truth values, None, or lists of those; NaN and
         infinity stay what they are. Raises ResultsError for other values and for what `flush` raises.
         """
+        self._take(unit, rows)
+        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
+            self.flush()
+
+    def add_together(self, units: Iterable[tuple[str, Iterable[dict[str, Any]]]]) -> None:
+        """Adds units that were computed side by side, and writes them to disk: all in one file, as `add` and `flush`.
+
+        What is resumed is then computed beside the same units again, and rows come out the same to the last bit.
+        """
+        with self._lock:
+            for unit, rows in units:
+                self._take(unit, rows)
+            self.flush()
+
+    def _take(self, unit: str, rows: Iterable[dict[str, Any]]) -> None:
         more = {**self.provenance, "created": now()}
         rows = [{name: _item(value) for name, value in row.items()} for row in rows]
         if not rows:
             raise ResultsError(f"unit {unit} has no rows, so it could not be told from one that was never computed")
-        self._admit(unit, [{**row, **{name: more[name] for name in more if name not in row}} for row in rows])
-        if time.monotonic() - self._last_flush >= FLUSH_SECONDS:
-            self.flush()
+        with self._lock:
+            self._admit(unit, [{**row, **{name: more[name] for name in more if name not in row}} for row in rows])
 
     def flush(self) -> None:
         """Writes what is only in memory to a new part file.
@@ -160,18 +159,14 @@ class Study:
         Raises ResultsError if the folder is full or cannot be written. Then the rows stay in memory: the error's
         `study.frame()` gives them, and opening the same study again in this process keeps and writes them.
         """
-        self._last_flush = time.monotonic()
-        if not self._unsaved:
-            return
-        rows = [{"unit": u, "row": i, **row} for u, rows in self._unsaved.items() for i, row in enumerate(rows)]
-        schema = pa.schema([("unit", pa.string()), ("row", pa.int64()), *self._schema])
+        with self._lock:
+            self._last_flush = time.monotonic()
+            if self._unsaved:
+                self._write()
+
+    def _write(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)
-            checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-            part = self.folder / f"part-{time.time_ns():020d}-{checksum}.parquet"
-            write_atomically(part, lambda file: file.write(content.getbuffer()))
+            write_part(self.folder, self._unsaved, self._schema)
         except OSError as error:
             _kept[self.folder] = dict(self._unsaved)
             raise self._failure(error, f"{len(self._unsaved)} finished units are kept in memory") from error
@@ -228,18 +223,23 @@ class Study:
     def complete_together(
         self,
         units: Iterable[str],
-        compute: Callable[[list[str]], Iterable[tuple[str, list[dict]]]],
+        compute: Callable[[list[str]], Iterable[Sequence[tuple[str, list[dict]]]]],
         size: int,
         label: str = "",
     ) -> pd.DataFrame:
-        """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once,
-        and gives each unit with its rows. Those that it has given are kept if it is interrupted."""
+        """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once.
+
+        It gives units with their rows, those that were computed together in one list, which is stored at once. Which
+        units are computed together depends on their places and not on what was done before: see `add_together`.
+        """
         units = list(units)
         with self._computing(units, label) as (pending, bar):
-            for start in range(0, len(pending), size):
-                for unit, rows in compute(pending[start : start + size]):
-                    self.add(unit, rows)
-                    bar.update()
+            waiting, different = set(pending), list(dict.fromkeys(units))
+            for start in range(0, len(different), size):
+                asked = [unit for unit in different[start : start + size] if unit in waiting]
+                for done in compute(asked) if asked else ():
+                    self.add_together(done)
+                    bar.update(len(done))
         return self._asked(units)
 
     def _asked(self, units: list[str]) -> pd.DataFrame:
@@ -258,7 +258,8 @@ class Study:
             yield pending, tqdm(disable=True)
             return
         n_done = len(set(units)) - len(pending)
-        with self, tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label) as bar:
+        bar = tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label)
+        with self, bar, kept_up(self.flush, FLUSH_SECONDS):
             yield pending, bar
 
     def __enter__(self) -> Self:

@@ -61,16 +61,17 @@ def single_edits(
     def before() -> float:
         return setting.readable(measure.perplexity(lm, texts))
 
-    def compute(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+    def compute(some: Sequence[str]) -> Iterator[list[tuple[str, list[dict]]]]:
         try:
-            yield from together(some)
+            done = together(some)
         except NbkitError:  # one request that cannot be used shall not keep the others from being done
             if len(some) > 1:
                 for unit in some:
-                    yield from together([unit])
+                    yield together([unit])
             raise
+        yield done
 
-    def together(some: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+    def together(some: Sequence[str]) -> list[tuple[str, list[dict]]]:
         chosen = [units[unit] for unit in some]
         made = setting.edits(chosen)
         after = measure.perplexity(lm, texts, edits=made)
@@ -80,9 +81,11 @@ def single_edits(
         if generated is not None:
             said = generation_metrics(lm, chosen, made, **generated).drop(columns="case_id").to_dict("records")
             measured = [{**row, **more} for row, more in zip(measured, said, strict=True)]
+        rows = []
         for unit, request, done, value, row in zip(some, chosen, made, after, measured, strict=True):
             about = {**described(lm, request), "perplexity": value, "perplexity_before": before()}
-            yield unit, [{**about, **outcome_columns(done), **row}]
+            rows.append((unit, [{**about, **outcome_columns(done), **row}]))
+        return rows
 
     return study.complete_together(
         [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{setting.words}: single edits"
