@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import tiny_lm
 from tqdm.auto import tqdm
 
-from conftest import tiny_lm
 from nbkit import studies
 from nbkit.records import results
 from nbkit.records.requests import EditRequest
