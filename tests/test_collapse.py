@@ -1,11 +1,15 @@
 """The verdict on an edit, and its shares with Wilson's interval."""
 
+import json
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from nbkit.records.collapse import detection, outcomes, shares
+from nbkit import paths
+from nbkit.records.collapse import counted, detection, outcomes, ratios, shares
 
 FRAME = pd.DataFrame(
     {
@@ -22,6 +26,22 @@ def test_at_the_ratio_and_without_a_number_the_model_has_collapsed():
     assert verdict.tolist() == ["normal", "normal", "collapse", "collapse", "collapse", "normal"]
     assert verdict.index.equals(FRAME.index)
     assert (outcomes(FRAME, ratio=9.9) == "collapse").sum() == 4
+
+
+def test_a_perplexity_that_is_none_is_the_worst_in_tables_and_orders():
+    assert ratios(FRAME).tolist() == [1.0, 29.9 / 3, 10.0, np.inf, np.inf, 3.1 / 3] and ratios(FRAME).name == "ratio"
+    assert counted(FRAME["perplexity"]).median() == np.median([3.0, 29.9, 30.0, np.inf, np.inf, 3.1])
+    assert ratios(FRAME).groupby(FRAME["subject_kind"]).max().to_dict() == {"later": 29.9 / 3, "first": np.inf}
+    assert ratios(FRAME).index.equals(FRAME.index) and FRAME["perplexity"].isna().sum() == 1
+
+
+@pytest.mark.parametrize("notebook", sorted((paths.ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_notebook_summarises_perplexities_that_leave_nan_out(notebook):
+    """Medians, maxima, orders and quotients are of `counted` or `ratios`, and never of the stored column itself."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    raw = r"""(?<!counted\()\w+\["perplexity"\](?:\.(?:median|max|min|mean|describe|quantile|sort_values)\b| /)"""
+    assert not re.search(raw, code)
 
 
 def test_shares_count_each_group_with_wilsons_interval():

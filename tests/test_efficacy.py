@@ -11,6 +11,7 @@ from miniworld.efficacy import (
     SETTINGS,
     TAKEN,
     TOLERANCE,
+    WITH_C,
     candidate_sweep,
     chosen,
     efficacy_sweep,
@@ -42,8 +43,8 @@ def test_of_the_setting_that_takes_the_earliest_layer_close_to_its_best_is_chose
 
 def test_the_choice_is_made_on_known_facts_that_are_no_requests_and_not_on_what_collapses(shipped):
     requests = unreported_requests(shipped, 20)
-    reported = {(request.subject, request.prompt) for request in nbkit.read_requests("miniworld")}
-    assert len(requests) == 40 and not {(request.subject, request.prompt) for request in requests} & reported
+    reported = {(request.subject, request.relation_id) for request in nbkit.read_requests("miniworld")}
+    assert len(requests) == 40 and not {(one.subject, one.relation_id) for one in requests} & reported
     assert [subject_kind(shipped, request) for request in requests] == [kind for kind in KINDS for _ in range(20)]
     assert score_targets(shipped, [r.text for r in requests], [r.target_true for r in requests])["correct"].all()
 
@@ -65,8 +66,10 @@ def test_the_shipped_default_is_one_of_the_settings(shipped):
 
 def test_of_the_candidates_the_gentlest_that_takes_is_chosen_or_else_the_best():
     sweep = pd.DataFrame({"norm_weight": [10.0, 1.0, 0.1], "efficacy": [0.2, TAKEN + 0.02, 0.99]})
-    assert gentlest(sweep)["norm_weight"] == 1.0
-    assert gentlest(sweep.assign(efficacy=[0.2, 0.8, 0.5]))["norm_weight"] == 1.0
+    assert gentlest(sweep, "alphaedit")["norm_weight"] == 1.0
+    assert gentlest(sweep.assign(efficacy=[0.2, 0.8, 0.5]), "alphaedit")["norm_weight"] == 1.0
+    sweep = sweep.assign(said=[0.3, 0.4, TAKEN + 0.01])
+    assert gentlest(sweep, WITH_C)["norm_weight"] == 0.1, "of ROME with C what is said counts"
 
 
 def test_candidates_are_swept_gentlest_first_and_the_shipped_default_is_one(shipped):
@@ -74,5 +77,5 @@ def test_candidates_are_swept_gentlest_first_and_the_shipped_default_is_one(ship
     assert sweep["norm_constraint"].is_monotonic_increasing and sweep["efficacy"].between(0, 1).all()
     assert sweep["efficacy"].iloc[-1] >= sweep["efficacy"].iloc[0]
     for method, candidates in CANDIDATES.items():
-        default = hyper_parameters(shipped, method)
+        default = hyper_parameters(shipped, "rome" if method == WITH_C else method)
         assert all(getattr(default, number) in values for number, values in candidates.items()), method

@@ -15,6 +15,7 @@ from nbkit.keys.moments import second_moment
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import by_cost, in_order
 from nbkit.models.prompts import context_templates, pad, subject_kind, target_ids, tokenize
+from nbkit.records.collapse import ratios
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, score_targets
 from nbkit.studies.single import single_edits
@@ -183,7 +184,7 @@ def sweep_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Ratios are of perplexity after to before; a NaN or infinite one counts as more than hundredfold.
     """
-    rows = rows.assign(ratio=rows["perplexity"] / rows["perplexity_before"])
+    rows = rows.assign(ratio=ratios(rows))
     groups = rows.groupby(["setting", "layer", "subject_kind"])
     return groups.agg(
         n=("ratio", "size"),

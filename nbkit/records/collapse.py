@@ -1,6 +1,8 @@
 """Which edits broke the model: the verdict on rows of edits, and how often it falls, with its uncertainty.
 
-Perplexity alone decides, against a threshold that the caller states: no paper's code has one. Needs no torch.
+Perplexity alone decides, against a threshold that the caller states: no paper's code has one. A perplexity that is NaN
+is the worst outcome there is, as an infinite one: pandas leaves it out of every median, maximum and order, so tables
+take perplexities by `counted` and rises by `ratios`. Needs no torch.
 """
 
 from typing import NamedTuple
@@ -9,6 +11,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from sklearn.metrics import roc_curve
+
+
+def counted(perplexity: pd.Series) -> pd.Series:
+    """Perplexities for tables and orders: NaN is infinite, the worst."""
+    return perplexity.fillna(np.inf)
+
+
+def ratios(frame: pd.DataFrame) -> pd.Series:
+    """How many times each row's perplexity is its perplexity_before; infinite where it is infinite or NaN."""
+    return (counted(frame["perplexity"]) / frame["perplexity_before"]).rename("ratio")
 
 
 def outcomes(frame: pd.DataFrame, ratio: float = 10.0) -> pd.Series:
