@@ -30,6 +30,7 @@ from nbkit.models.checkpoint_files import (
     check_folder,
     check_shards,
     check_tokenizer,
+    check_types,
     check_weights,
 )
 from nbkit.models.devices import device_named, dtype_named
@@ -107,6 +108,8 @@ def load(
         raise ModelError(
             f"{name}: its weights (model.safetensors) cannot be read, a file is missing or damaged: {error}"
         ) from error
+    if isinstance(place, Path):
+        check_types(place)
     if unused := check_weights(report, config, name, architecture):
         warnings.warn(unused, stacklevel=2)
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], name)

@@ -9,6 +9,7 @@
 """
 
 import difflib
+import math
 import operator
 import reprlib
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 def check_number(
     name: str, value: Any, whole: bool = False, error: type[NbkitError] = MethodError, **bounds: float
 ) -> None:
-    """The error unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`; NaN is within none."""
-    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
+    """The error unless `value` is a finite number (a whole one) within the bounds, some of `BOUNDS`."""
+    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and (whole or _finite(value)):
         if all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
             return
     words = ["a whole number" if whole else "a number"]
@@ -41,11 +42,18 @@ def check_number(
     raise error(f"{name} must be {' '.join(words)}, not {shown(value)}")
 
 
-def check_text(name: str, value: Any, error: type[NbkitError] = MethodError) -> None:
-    """The error unless `value` is a text with more than space in it, all of which UTF-8 can write."""
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def check_text(name: str, value: Any, error: type[NbkitError] = MethodError, empty: bool = False) -> None:
+    """The error unless `value` is a text, all of which UTF-8 can write, with more than space in it unless `empty`."""
     if not isinstance(value, str):
         raise error(f"{name} must be text, not {type(value).__name__} ({shown(value)})")
-    if not value.strip():
+    if not empty and not value.strip():
         raise error(f"{name} is empty")
     try:
         value.encode()
@@ -73,8 +81,8 @@ def shown(value: Any) -> str:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """MethodError unless `value` is one of the texts."""
-    if value not in choices:
-        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}{nearest(value, choices)}")
 
 
 def nearest(value: Any, choices: Sequence[str]) -> str:
