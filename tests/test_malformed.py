@@ -97,7 +97,8 @@ def world(make_lm):
 
     names = {name: getattr(nbkit, name) for name in nbkit.__all__ if name not in ("__version__", "NbkitError")}
     return {
-        **vars(studies), **names, **NUMBERS, "lm": lm, "edit": edit, "requests": requests, "apply": apply, "changed": changed,
+        **vars(studies), **names, **NUMBERS, "lm": lm, "edit": edit, "requests": requests,
+        "apply": apply, "changed": changed,
         "texts": ["The river runs through Vouda and Sennifar.", "Ann plays the harp."],
         "C": some @ some.T / 200, "singular": some[:, :9] @ some[:, :9].T,
         "edits": [edit_of(lm.weight_name(1)) for _ in requests],

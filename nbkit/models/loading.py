@@ -56,8 +56,9 @@ def load(
     asked for once (`embedded.locate_model`, with the nearest names in the message).
 
     device "auto": the first GPU, else the CPU. dtype "auto": bfloat16 for a bfloat16 checkpoint on a GPU, else
-    float32 (a collapsed model overflows float16). Only safetensors are read, and a checkpoint that lacks
-    weights or holds NaN is refused: random weights in the gaps would look like a collapse.
+    float32 (a collapsed model overflows float16). Only safetensors of the model's own folder are read, and a checkpoint
+    that lacks weights, holds NaN or is quantised is refused: random weights in the gaps would look like a collapse.
+    ModelError for whatever else a file of it says that cannot be; a warning for weights that the model has no use for.
 
     side: of an encoder-decoder (T5), whose keys alone can be read: the "decoder" reads as a language model does, the
     "encoder" sees both ways (models/sides.py). Other models have a decoder only.

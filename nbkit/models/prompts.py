@@ -133,6 +133,17 @@ def check_templates(templates: Sequence[str]) -> list[str]:
     return list(templates)
 
 
+def check_prefixes(prefix: str | Sequence[str], n: int) -> list[str]:
+    """One prefix for each of `n` prompts, of one for all or a list; PromptError unless each has exactly one {}."""
+    prefixes = [prefix] * n if isinstance(prefix, str) else as_texts(prefix, "prefix")
+    if len(prefixes) != n:
+        raise PromptError(f"{len(prefixes)} prefixes for {n} requests; give one for each, or one text for all")
+    for one in prefixes:
+        if one.count("{}") != 1:
+            raise PromptError(f"the prefix {one!r} needs exactly one {{}}, where the prompt goes")
+    return prefixes
+
+
 @torch.no_grad()
 def context_templates(
     lm: LanguageModel,

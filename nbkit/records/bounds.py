@@ -12,7 +12,7 @@ import difflib
 import math
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, get_origin
@@ -33,8 +33,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 def check_number(
     name: str, value: Any, whole: bool = False, error: type[NbkitError] = MethodError, **bounds: float
 ) -> None:
-    """The error unless `value` is a finite number (a whole one) within the bounds, some of `BOUNDS`."""
-    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and (whole or _finite(value)):
+    """The error unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`.
+
+    NaN is within none, an infinite number only within most=math.inf, where it means that there is no limit.
+    """
+    kind = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if kind and (whole or _fit(value, bounds)):
         if all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
             return
     words = ["a whole number" if whole else "a number"]
@@ -42,9 +46,9 @@ def check_number(
     raise error(f"{name} must be {' '.join(words)}, not {shown(value)}")
 
 
-def _finite(value: Real) -> bool:
+def _fit(value: Real, bounds: Mapping[str, float]) -> bool:
     try:
-        return math.isfinite(value)
+        return math.isfinite(value) or (bounds.get("most") == math.inf and not math.isnan(value))
     except OverflowError:  # a whole number that no float holds
         return False
 

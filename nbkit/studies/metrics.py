@@ -27,10 +27,10 @@ from nbkit.errors import PromptError, RequestError
 from nbkit.keys.extract import widened
 from nbkit.models.edited import edited_logits, plain_logits
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import check_length, target_ids, tokenize
+from nbkit.models.prompts import check_length, check_prefixes, target_ids, tokenize
 from nbkit.models.rows import AskedRows
 from nbkit.records.bounds import check_choice, check_number
-from nbkit.records.lists import as_requests, as_texts
+from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
@@ -228,7 +228,7 @@ def edit_metrics(
     requests, edits = as_requests(requests), None if edits is None else as_edits(edits)
     check_number("batch_size", batch_size, whole=True, least=1)
     asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
-    prefixes = _prefixes(prefix, len(requests))
+    prefixes = check_prefixes(prefix, len(requests))
     if edits is not None and len(edits) != len(requests):
         raise RequestError(f"{len(edits)} edits for {len(requests)} requests; each request is asked of its own edit")
     for index, (request, before) in enumerate(zip(requests, prefixes, strict=True)):
@@ -259,16 +259,6 @@ def edit_metrics(
         old = None if reference is None else reference[request]
         rows.append({"case_id": request.case_id} | _metrics(part, old))
     return pd.DataFrame(rows)
-
-
-def _prefixes(prefix: str | Sequence[str], n_requests: int) -> list[str]:
-    prefixes = [prefix] * n_requests if isinstance(prefix, str) else as_texts(prefix, "prefix")
-    if len(prefixes) != n_requests:
-        raise PromptError(f"{len(prefixes)} prefixes for {n_requests} requests; give one for each, or one text for all")
-    for one in prefixes:
-        if one.count("{}") != 1:
-            raise PromptError(f"the prefix {one!r} needs exactly one {{}}, where the prompt goes")
-    return prefixes
 
 
 def _metrics(part: dict[str, pd.DataFrame], reference: Sequence[tuple[int, ...]] | None) -> dict[str, float]:
