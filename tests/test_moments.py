@@ -297,3 +297,13 @@ def test_a_second_moment_that_cannot_be_solved_with(tiny, texts):
         SecondMoments(torch.eye(5), tiny).solve(1, torch.ones(48))
     with pytest.raises(MethodError, match=r"no second moment is given for layer 1, only for \[0\]"):
         SecondMoments({0: torch.eye(48)}, tiny).solve(1, torch.ones(48))
+
+
+def test_rounding_makes_no_second_moment_wrong(tiny, texts):
+    few = second_moment(tiny, 1, texts, n_tokens=10)  # rank 10 of 48
+    assert torch.linalg.eigvalsh(few)[0] < 0  # by rounding
+    for C in (few, few.float(), few.float().double(), few * 1e-12, few * 1e12):
+        assert torch.equal(SecondMoments(C, tiny).matrix(1), C)
+    large = torch.randn(48, 300, generator=torch.Generator().manual_seed(0)).float()
+    asymmetric = large @ large.T + 1e-5 * torch.randn(48, 48)  # as a product in float32 may be
+    assert SecondMoments(asymmetric, tiny).matrix(1) is asymmetric

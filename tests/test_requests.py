@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from nbkit import paths
@@ -260,3 +261,29 @@ def test_a_file_that_holds_nothing_is_refused(read, tmp_path):
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(RequestError, match="none.json holds no"):
         read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x1c", "\v", "\f"])
+def test_only_a_line_break_ends_a_line(tmp_path, mark):
+    path = tmp_path / "requests.jsonl"
+    subject = f"Ann{mark if mark >= ' ' else ''}B."  # JSON does not allow the others within a text
+    path.write_text(json.dumps({**PLAIN, "subject": subject}, ensure_ascii=False) + "\r\n" + json.dumps(KNOWN))
+    assert [request.subject for request in read_requests(path)] == [subject, "Vinson Massif"]
+    texts = tmp_path / "texts.txt"
+    texts.write_text(f"One{mark}two.\r\nThree.\rFour.\n")
+    assert read_texts(texts) == [f"One{mark}two.", "Three.", "Four."]
+
+
+@pytest.mark.parametrize("name", ["requests.json", "requests.jsonl", "texts.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
+    text = {"requests.json": json.dumps([PLAIN]), "requests.jsonl": json.dumps(PLAIN), "texts.txt": "One two."}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    if name == "texts.txt":
+        assert read_texts(tmp_path / name) == ["One two."]
+    else:
+        assert read_requests(tmp_path / name) == [EditRequest("{} works as a", "Ann", "judge")]
+
+
+def test_a_case_id_of_numpy_is_a_plain_number():
+    request = EditRequest("{} is in", "Vouda", "Krela", case_id=np.int32(7))
+    assert type(request.case_id) is int and request == EditRequest("{} is in", "Vouda", "Krela", case_id=7)

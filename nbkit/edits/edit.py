@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbkit.edits.updates import Update
+from nbkit.errors import MethodError
+from nbkit.records.bounds import shown
+from nbkit.records.lists import as_list
 from nbkit.records.requests import EditRequest
 
 
@@ -38,3 +41,12 @@ class Edit:
     def norm(self) -> float:
         """The Frobenius norm of the whole update, over all of its weights."""
         return math.sqrt(sum(delta.norm() ** 2 for delta in self.deltas.values()))
+
+
+def as_edits(edits: Any) -> list[Edit]:
+    """Edits as a list; MethodError for one by itself, and for what is none."""
+    edits = as_list("edits", edits, "Edits", MethodError)
+    for index, edit in enumerate(edits):
+        if not isinstance(edit, Edit):
+            raise MethodError(f"edits must be a list of Edits, and number {index} is {shown(edit)}")
+    return edits

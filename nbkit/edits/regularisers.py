@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nbkit.edits.edit import Edit
+from nbkit.edits.edit import Edit, as_edits
 from nbkit.edits.editable import EditableModel
 from nbkit.edits.updates import Dense, Update, total
 from nbkit.errors import MethodError, ModelError
@@ -40,7 +40,9 @@ def regularise(edit: Edit, lm: EditableModel, name: str, **arguments: Any) -> Ed
     "regulariser_norm_ratio", the new norm over the old. MethodError for an unknown name, argument or value, ModelError
     for an edit that does not fit lm.
     """
-    if name not in REGULARISERS:
+    if not isinstance(edit, Edit):
+        raise MethodError(f"regularise takes one Edit, not a {type(edit).__name__}; nbkit.edit gives a list of them")
+    if not isinstance(name, str) or name not in REGULARISERS:
         raise MethodError(f"unknown regulariser {name!r}; known: {', '.join(REGULARISERS)}")
     function = REGULARISERS[name]
     for weight, delta in edit.deltas.items():
@@ -63,7 +65,7 @@ def accumulated(edits: Sequence[Edit]) -> Edit:
     method: theirs, joined by " + " where they differ. hparams: theirs if all have the same, else none. info: n_edits
     and update_norm. MethodError for no edits or for updates of different shapes.
     """
-    edits = list(edits)
+    edits = as_edits(edits)
     if not edits:
         raise MethodError("there are no edits to accumulate")
     names = dict.fromkeys(name for edit in edits for name in edit.deltas)
@@ -101,7 +103,7 @@ def random(edit: Edit, lm: EditableModel, *, keep: float, seed: int) -> tuple[De
     The same seed draws the same entries for every edit of the same weights, on every device.
     """
     check_number("keep", keep, above=0, most=1)
-    check_number("seed", seed, least=0, whole=True)
+    check_number("seed", seed, least=0, below=2**64, whole=True)
     generator = torch.Generator().manual_seed(int(seed))
     deltas = {}
     for name, delta in edit.deltas.items():

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit import paths
-from nbkit.errors import MethodError, ModelError, PromptError
+from nbkit.errors import MethodError, ModelError, PromptError, ResultsError
 from nbkit.keys.moments_cache import MomentsCache
 from nbkit.keys.windows import Place, Window, batches, chunks, windows
 from nbkit.models.hooks import capture, replace
@@ -78,6 +78,8 @@ def second_moments(
     Raises ResultsError for a cache that cannot be written, or a damaged file in it.
     """
     layers = _check(lm, layers, texts, n_tokens, batch_size)
+    if cache is not None and not isinstance(cache, str | Path):
+        raise ResultsError(f"cache must be a folder, not {shown(cache)}")
     store = None if cache is None else MomentsCache(Path(cache).expanduser(), lm, layers, texts, n_tokens)
     moments = {} if store is None else store.results()
     missing = [layer for layer in layers if layer not in moments]

@@ -15,6 +15,7 @@ from nbkit.edits.tensor_files import reading_tensors, write_tensors
 from nbkit.errors import PromptError, ResultsError
 from nbkit.keys.windows import Place
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import check_text
 
 SAVE_SECONDS = 60.0  # between two writings of the partial sums, or 20 times as long as one takes
 
@@ -80,7 +81,8 @@ def _names(lm: LanguageModel, texts: Iterable[str], parts: Sequence[str]) -> lis
     """A name for each part, made of it, the model, its tokenizer and the texts, which are read once for all."""
     tokenizer = lm.tokenizer.backend_tokenizer.to_str()
     digests = [hashlib.sha256(f"{lm.hash} {lm.dtype} {part} {tokenizer}".encode()) for part in parts]
-    for text in texts:
+    for index, text in enumerate(texts):
+        check_text(f"texts[{index}]", text, PromptError, empty=True)
         text_digest = hashlib.sha256(text.encode()).digest()
         for digest in digests:
             digest.update(text_digest)

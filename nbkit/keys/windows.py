@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from nbkit.errors import PromptError
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import check_text
 
 
 class Place(NamedTuple):
@@ -34,11 +36,12 @@ def windows(
     """The texts in order, one longer than the context in several windows; ends after exactly `n_tokens` if given.
 
     Texts are tokenised one at a time, with BOS where the tokenizer adds one. `start`: the first so many texts and
-    windows are passed over without being tokenised or counted.
+    windows are passed over without being tokenised or counted. PromptError for what is no text.
     """
     start = start or Place()
     n_left = n_tokens
     for index, text in enumerate(islice(texts, start.n_texts, None), start.n_texts):
+        check_text(f"texts[{index}]", text, PromptError, empty=True)
         first = start.n_windows if index == start.n_texts else 0
         ids = lm.tokenizer(text, verbose=False).input_ids[first * lm.max_length :][:n_left]
         for n_windows, at in enumerate(range(0, len(ids), lm.max_length), first + 1):

@@ -18,7 +18,7 @@ from typing import Any
 
 from nbkit.errors import MethodError
 from nbkit.methods.table import METHODS, method_named
-from nbkit.models.language_model import LanguageModel
+from nbkit.models.language_model import LanguageModel, check_model
 
 HPARAMS = Path(__file__).with_suffix(".toml")
 DEPTHS = {"gpt-j-6b": 28, "llama-2-7b": 32, "gpt2-xl": 48}  # the layers that published models have
@@ -31,7 +31,7 @@ def hyper_parameters(lm: LanguageModel, method: str, **hparams: Any) -> Any:
     unknown, missing, of the wrong type or out of its bounds; ModelError for a layer that does not exist, and for a
     model that is not edited.
     """
-    lm.check_causal()
+    check_model(lm).check_causal()
     kind = method_named(method).parameters
     names = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(hparams) - set(names))
@@ -108,7 +108,9 @@ def _checked(path: Path, modified: int) -> Mapping[str, dict]:
         if method not in METHODS or not isinstance(table, dict):
             raise MethodError(f"{path} has {method!r} where a method's table should be; methods: {', '.join(METHODS)}")
         known = {"source", *(field.name for field in dataclasses.fields(METHODS[method].parameters))}
-        own = {name: value for name, value in table.items() if not isinstance(value, dict) or name in known}
+        if tables_of := sorted(name for name, value in table.items() if name in known and isinstance(value, dict)):
+            raise MethodError(f"{path}, [{method}]: {', '.join(tables_of)} must be a value, not a table")
+        own = {name: value for name, value in table.items() if not isinstance(value, dict)}
         for where, names in {method: own, **{f"{method}.{k}": v for k, v in table.items() if k not in own}}.items():
             if unknown := sorted(set(names) - known):
                 raise MethodError(f"{path}, [{where}]: no hyper-parameter {', '.join(unknown)}; known: {sorted(known)}")

@@ -58,6 +58,8 @@ def setup(
         arguments["key_mode"] = key_mode
     elif key_mode != OF_ROME:
         raise MethodError(f"{method} has no key_mode; only rome has")
+    if hparams is not None and not isinstance(hparams, Mapping):
+        raise MethodError(f"hparams must be hyper-parameters by name, as {{'v_lr': 0.1}}, not {hparams!r}")
     arguments |= hparams or {}
     parameters = hyper_parameters(lm, **arguments)
     if second_moment_texts is not None:

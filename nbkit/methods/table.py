@@ -25,6 +25,6 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str) -> Method:
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise MethodError(f"unknown method {name!r}; known: {', '.join(METHODS)}{nearest(name, list(METHODS))}")
     return METHODS[name]

@@ -6,7 +6,7 @@ Associations in GPT, eq. 4, as in the published code.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class ValueParameters(Bounded):
     v_lr: float = bounded(above=0)  # of Adam, on v*
     v_num_grad_steps: int = bounded(least=1)  # losses computed at most; the last one makes no step
     v_weight_decay: float = bounded(least=0)  # times ‖δ‖ / ‖value_init‖²
-    clamp_norm_factor: float = bounded(above=0)  # ‖δ‖ is kept below so many times ‖value_init‖
+    clamp_norm_factor: float = bounded(above=0, most=inf)  # ‖δ‖ is kept below so many times ‖value_init‖
     kl_factor: float = bounded(least=0)
     early_stop_loss: float  # stop once the total loss is below
 

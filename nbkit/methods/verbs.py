@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring, unedited
-from nbkit.errors import MethodError, RequestError
+from nbkit.errors import MethodError
 from nbkit.keys.moments import default_second_moments
 from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
@@ -32,6 +32,7 @@ from nbkit.methods.table import METHODS, method_named
 from nbkit.models import prompts
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_number
+from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
 SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | None
@@ -77,7 +78,9 @@ def edit(
     default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
     default. progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
     """
-    requests = _as_list(requests)
+    requests = as_requests(requests)
+    if batch_size is not None:
+        check_number("batch_size", batch_size, whole=True, least=1)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
     settings = settings_for(lm, method, context_templates, second_moment, hparams, **run)
     return METHODS[method].each(lm, requests, settings)
@@ -96,7 +99,7 @@ def edit_batch(
 
     MethodError for a method that makes one edit of one request, as ROME does, and for no requests.
     """
-    requests = _as_list(requests)
+    requests = as_requests(requests)
     together = _together(method)
     if not requests:
         raise MethodError("a batch needs at least one request")
@@ -122,7 +125,7 @@ def edit_sequence(
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
     restored bit for bit (if the iterator was kept under a name: once it is closed).
     """
-    requests = _as_list(requests)
+    requests = as_requests(requests)
     check_number("per_step", per_step, whole=True, least=1)
     together = None if per_step == 1 else _together(method)
     settings = settings_for(lm, method, context_templates, second_moment, hparams)
@@ -183,11 +186,3 @@ def needed_moments(lm: LanguageModel, method: str, parameters: Any, given: Secon
         with unedited(lm):  # its files are named by the model's hash, which is then the unedited one's too
             return default_second_moments(lm, parameters.layers)
     return given
-
-
-def _as_list(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
-    requests = [requests] if isinstance(requests, EditRequest) else list(requests)
-    for index, request in enumerate(requests):
-        if not isinstance(request, EditRequest):
-            raise RequestError(f"request {index} is no EditRequest but {type(request).__name__}: {request!r:.80}")
-    return requests

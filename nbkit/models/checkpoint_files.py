@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
@@ -24,6 +25,7 @@ SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "vocab_size",
 )  # fmt: skip
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors name them
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -66,6 +68,19 @@ def check_shards(index: Path, content: Mapping[str, Any] | None = None, here: bo
             )
         if here and not (index.parent / file).is_file():
             raise ModelError(f"{index} has {weight} in {file}, which is not there: a part of the download is missing")
+
+
+def check_types(folder: Path) -> None:
+    """ModelError for a matrix of whole numbers or truth values in the folder's weights, which would be read as it is.
+    The files have been read, so they are no others and no damaged ones."""
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else {folder / file for file in _object(folder / INDEX)["weight_map"].values()}
+    for file in files:
+        with safe_open(file, "pt") as held:
+            for name in held.keys():
+                kind = held.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in FLOATS:
+                    raise ModelError(f"{file} has {name} in {kind}, and weights are in {', '.join(FLOATS)}: quantised?")
 
 
 def check_config(config: PreTrainedConfig, name: str, architecture: Architecture) -> None:

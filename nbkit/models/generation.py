@@ -37,6 +37,9 @@ def generated(
     """
     lm.check_causal()
     check_number("max_tokens", max_tokens, whole=True, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    if end is not None and (not isinstance(end, str) or not end):
+        raise PromptError(f"end must be a text of one character or more, or None, not {end!r}")
     rows = tokenize(lm, prompts)
     for prompt, row in zip(prompts, rows, strict=True):
         if len(row) + max_tokens > lm.max_length:

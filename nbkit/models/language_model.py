@@ -27,6 +27,7 @@ from nbkit.edits.ledger import Ledger
 from nbkit.errors import ModelError, ResultsError
 from nbkit.models import sides
 from nbkit.models.rows import Batch
+from nbkit.records.bounds import shown
 
 ORIGIN = "nbkit.json"  # beside a saved model: what it was before
 
@@ -232,6 +233,13 @@ class LanguageModel(EditableModel):
     def weight_name(self, layer: int) -> str:
         """The name of that weight in `model.named_parameters()`."""
         return self.architecture.projection_path(self.check_layer(layer)) + ".weight"
+
+
+def check_model(lm: object) -> LanguageModel:
+    """The model as it is; ModelError for what is none, as a name or a model of transformers."""
+    if not isinstance(lm, LanguageModel):
+        raise ModelError(f"a LanguageModel is needed, as nbkit.load gives it, not {shown(lm)}")
+    return lm
 
 
 def architecture_of(config, name: str, side: Side = "decoder") -> Architecture:

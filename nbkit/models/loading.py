@@ -30,6 +30,7 @@ from nbkit.models.checkpoint_files import (
     check_folder,
     check_shards,
     check_tokenizer,
+    check_types,
     check_weights,
 )
 from nbkit.models.devices import device_named, dtype_named
@@ -55,8 +56,9 @@ def load(
     asked for once (`embedded.locate_model`, with the nearest names in the message).
 
     device "auto": the first GPU, else the CPU. dtype "auto": bfloat16 for a bfloat16 checkpoint on a GPU, else
-    float32 (a collapsed model overflows float16). Only safetensors are read, and a checkpoint that lacks
-    weights or holds NaN is refused: random weights in the gaps would look like a collapse.
+    float32 (a collapsed model overflows float16). Only safetensors of the model's own folder are read, and a checkpoint
+    that lacks weights, holds NaN or is quantised is refused: random weights in the gaps would look like a collapse.
+    ModelError for whatever else a file of it says that cannot be; a warning for weights that the model has no use for.
 
     side: of an encoder-decoder (T5), whose keys alone can be read: the "decoder" reads as a language model does, the
     "encoder" sees both ways (models/sides.py). Other models have a decoder only.
@@ -107,6 +109,8 @@ def load(
         raise ModelError(
             f"{name}: its weights (model.safetensors) cannot be read, a file is missing or damaged: {error}"
         ) from error
+    if isinstance(place, Path):
+        check_types(place)
     if unused := check_weights(report, config, name, architecture):
         warnings.warn(unused, stacklevel=2)
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], name)

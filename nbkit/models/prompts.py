@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nbkit.errors import ModelError, PromptError
-from nbkit.models.language_model import LanguageModel
+from nbkit.models.language_model import LanguageModel, check_model
 from nbkit.models.rows import Batch
+from nbkit.records.bounds import check_number, check_texts
+from nbkit.records.lists import as_texts
 from nbkit.records.requests import EditRequest
 
 Padding = Literal["right", "left"]
@@ -33,9 +35,13 @@ def tokenize(lm: LanguageModel, texts: Sequence[str], add_special_tokens: bool =
 
     PromptError, naming the text, for an empty one or one beyond the context, and for one text in place of a list.
     """
+    check_model(lm)
     if isinstance(texts, str):  # a sequence of its letters
         raise PromptError(f"a list of texts is needed, not one text: write [{texts[:40]!r}{'...' * (len(texts) > 40)}]")
-    rows = lm.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
+    texts = as_texts(texts)
+    if not texts:
+        return []
+    rows = lm.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False).input_ids
     for text, row in zip(texts, rows, strict=True):
         check_length(lm, row, text)
     return rows
@@ -119,12 +125,23 @@ def target_ids(lm: LanguageModel, target: str) -> list[int]:
 
 def check_templates(templates: Sequence[str]) -> list[str]:
     """Context templates as a list; PromptError unless the first is "{}" and each has exactly one {}."""
-    if isinstance(templates, str) or not templates or templates[0] != "{}":
+    if not isinstance(templates, list | tuple) or not templates or templates[0] != "{}":
         raise PromptError('context_templates must be a list whose first is "{}", the prompt without a prefix')
-    for template in templates:
+    for template in as_texts(templates, "context_templates"):
         if template.count("{}") != 1:
             raise PromptError(f"the context template {template!r} needs exactly one {{}}, where the prompt goes")
     return list(templates)
+
+
+def check_prefixes(prefix: str | Sequence[str], n: int) -> list[str]:
+    """One prefix for each of `n` prompts, of one for all or a list; PromptError unless each has exactly one {}."""
+    prefixes = [prefix] * n if isinstance(prefix, str) else as_texts(prefix, "prefix")
+    if len(prefixes) != n:
+        raise PromptError(f"{len(prefixes)} prefixes for {n} requests; give one for each, or one text for all")
+    for one in prefixes:
+        if one.count("{}") != 1:
+            raise PromptError(f"the prefix {one!r} needs exactly one {{}}, where the prompt goes")
+    return prefixes
 
 
 @torch.no_grad()
@@ -147,9 +164,16 @@ def context_templates(
             f"{lm.name} is an encoder-decoder, from which no context templates can be sampled; give those of another "
             "model: context_templates=nbkit.context_templates(other)"
         )
-    generator = torch.Generator().manual_seed(seed)
+    check_number("seed", seed, whole=True, least=0, below=2**64)
+    check_number("top_k", top_k, whole=True, least=1, most=len(lm.tokenizer))
+    check_texts("starts", starts, PromptError)
+    if not starts or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in lengths):
+        raise PromptError("starts must hold a text, and lengths pairs (n_tokens, n_templates)")
+    generator = torch.Generator().manual_seed(int(seed))
     templates = ["{}"]
     for n_tokens, n_templates in lengths:
+        check_number("n_tokens of lengths", n_tokens, whole=True, least=1, most=lm.max_length)
+        check_number("n_templates of lengths", n_templates, whole=True, least=0)
         if not n_templates:
             continue
         prefixes = tokenize(lm, [starts[i % len(starts)] for i in range(n_templates)])

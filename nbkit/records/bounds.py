@@ -9,9 +9,10 @@
 """
 
 import difflib
+import math
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, get_origin
@@ -32,8 +33,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 def check_number(
     name: str, value: Any, whole: bool = False, error: type[NbkitError] = MethodError, **bounds: float
 ) -> None:
-    """The error unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`; NaN is within none."""
-    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
+    """The error unless `value` is a number (a whole one) within the bounds, some of `BOUNDS`.
+
+    NaN is within none, an infinite number only within most=math.inf, where it means that there is no limit.
+    """
+    kind = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if kind and (whole or _fit(value, bounds)):
         if all(BOUNDS[bound][0](value, limit) for bound, limit in bounds.items()):
             return
     words = ["a whole number" if whole else "a number"]
@@ -41,11 +46,18 @@ def check_number(
     raise error(f"{name} must be {' '.join(words)}, not {shown(value)}")
 
 
-def check_text(name: str, value: Any, error: type[NbkitError] = MethodError) -> None:
-    """The error unless `value` is a text with more than space in it, all of which UTF-8 can write."""
+def _fit(value: Real, bounds: Mapping[str, float]) -> bool:
+    try:
+        return math.isfinite(value) or (bounds.get("most") == math.inf and not math.isnan(value))
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def check_text(name: str, value: Any, error: type[NbkitError] = MethodError, empty: bool = False) -> None:
+    """The error unless `value` is a text, all of which UTF-8 can write, with more than space in it unless `empty`."""
     if not isinstance(value, str):
         raise error(f"{name} must be text, not {type(value).__name__} ({shown(value)})")
-    if not value.strip():
+    if not empty and not value.strip():
         raise error(f"{name} is empty")
     try:
         value.encode()
@@ -73,8 +85,8 @@ def shown(value: Any) -> str:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """MethodError unless `value` is one of the texts."""
-    if value not in choices:
-        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise MethodError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}{nearest(value, choices)}")
 
 
 def nearest(value: Any, choices: Sequence[str]) -> str:

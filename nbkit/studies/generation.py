@@ -17,11 +17,12 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 
-from nbkit.edits.edit import Edit
+from nbkit.edits.edit import Edit, as_edits
 from nbkit.edits.overlays import applied
 from nbkit.errors import RequestError
 from nbkit.models.generation import Generated, generated
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of their entropies, CounterFact's
@@ -61,6 +62,7 @@ def generation_metrics(
     NaN where a request has nothing to measure it by. RequestError for a request that `references` leave out,
     PromptError for a prompt that leaves no room for `max_tokens`.
     """
+    requests, edits = as_requests(requests), None if edits is None else as_edits(edits)
     if edits is not None and len(edits) != len(requests):
         raise RequestError(f"{len(edits)} edits for {len(requests)} requests; each request is asked of its own edit")
     similar = None if references is None else _Similarity(references, requests)

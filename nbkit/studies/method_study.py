@@ -11,14 +11,16 @@ perplexity is a result, stored as such.
 """
 
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
+from nbkit.errors import MethodError
 from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.setups import in_words
@@ -26,6 +28,7 @@ from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, needed_moments
 from nbkit.models import prompts
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import shown
 from nbkit.records.provenance import code_version, digest, provenance
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store, Study
@@ -44,7 +47,7 @@ class MethodStudy:
         second_moment = needed_moments(lm, method, parameters, second_moment)
         self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
-        self.given_templates = None if context_templates is None else list(context_templates)
+        self.given_templates = None if context_templates is None else prompts.check_templates(context_templates)
         self.words = in_words(method, parameters)
         self.parameters = dataclasses.asdict(parameters)
         self.parameters |= {
@@ -128,6 +131,13 @@ class MethodStudy:
         del asked["generation_prompts"]  # which prefixes it is asked behind does not depend on them
         unseen, first = self.unseen_prefixes, int(digest(asked), 16)
         return [unseen[(first + i) % len(unseen)] for i in range(min(N_PREFIXES, len(unseen)))]
+
+
+def check_arguments(name: str, given: Any, function: Callable) -> None:
+    """MethodError unless `given` is a dict of arguments that `function` has."""
+    known = inspect.signature(function).parameters
+    if not isinstance(given, Mapping) or not set(given) <= set(known):
+        raise MethodError(f"{name} must be arguments by name, of {', '.join(known)}, not {shown(given)}")
 
 
 def by_digest(requests: Sequence[EditRequest]) -> dict[str, EditRequest]:

@@ -22,13 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nbkit.edits.edit import Edit
-from nbkit.errors import PromptError
+from nbkit.edits.edit import Edit, as_edits
+from nbkit.errors import PromptError, RequestError
 from nbkit.keys.extract import widened
 from nbkit.models.edited import edited_logits, plain_logits
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import check_length, target_ids, tokenize
+from nbkit.models.prompts import check_length, check_prefixes, target_ids, tokenize
 from nbkit.models.rows import AskedRows
+from nbkit.records.bounds import check_choice, check_number
+from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
 PerplexityKind = Literal["sentence_mean", "token"]
@@ -54,11 +56,12 @@ def perplexity(
     In both no special token is added and a text's first token is not scored. Infinite and NaN values are returned as
     such. PromptError for a text of fewer than two tokens or longer than the context.
     """
-    if kind not in ("sentence_mean", "token"):
-        raise ValueError(f"kind must be 'sentence_mean' or 'token', not {kind!r}")
-    if not len(texts):
-        raise PromptError("perplexity needs at least one text")
+    check_choice("kind", kind, ("sentence_mean", "token"))
+    check_number("batch_size", batch_size, whole=True, least=1)
+    edits = None if edits is None else as_edits(edits)
     rows = tokenize(lm, texts, add_special_tokens=False)
+    if not rows:
+        raise PromptError("perplexity needs at least one text")
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
             raise PromptError(f"perplexity needs at least two tokens, and {text!r} has {len(row)}")
@@ -222,8 +225,12 @@ def edit_metrics(
     says by itself is for `generation_metrics`. NaN where a request has nothing to measure it by. `prefix`, a template
     with one {} or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*.
     """
+    requests, edits = as_requests(requests), None if edits is None else as_edits(edits)
+    check_number("batch_size", batch_size, whole=True, least=1)
     asked: list[tuple[int, str, str, str]] = []  # (request, role, prompt, target)
-    prefixes = [prefix] * len(requests) if isinstance(prefix, str) else prefix
+    prefixes = check_prefixes(prefix, len(requests))
+    if edits is not None and len(edits) != len(requests):
+        raise RequestError(f"{len(edits)} edits for {len(requests)} requests; each request is asked of its own edit")
     for index, (request, before) in enumerate(zip(requests, prefixes, strict=True)):
         roles = [("prompt", before.replace("{}", request.text))] + [
             ("paraphrase", text) for text in request.paraphrase_prompts
@@ -247,6 +254,8 @@ def edit_metrics(
     rows = []
     for index, request in enumerate(requests):
         part = {role: group.reset_index(drop=True) for role, group in by_request[index].groupby("role")}
+        if reference is not None and request not in reference:
+            raise RequestError(f"the reference holds nothing for {request.label}; make it with neighborhood_tokens")
         old = None if reference is None else reference[request]
         rows.append({"case_id": request.case_id} | _metrics(part, old))
     return pd.DataFrame(rows)

@@ -17,6 +17,7 @@ from nbkit.methods.rome import update_direction
 from nbkit.methods.verbs import SecondMomentLike, settings_for
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import request_columns
+from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
 MEASURED = ["denominator", "signed_denominator", "value_norm", "update_norm_bound", "risk"]
@@ -40,6 +41,7 @@ def collapse_risk(
     (those of `edit.info`), value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
     ‖value_init‖ + ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
+    requests = as_requests(requests)
     settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()

@@ -13,6 +13,8 @@ import pandas as pd
 from nbkit.errors import RequestError
 from nbkit.methods.verbs import edit_sequence
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import check_number, check_text
+from nbkit.records.lists import as_requests, as_texts, check_seeds
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import metrics as measure
@@ -44,13 +46,12 @@ def sequential_edits(
     far): m below m_after is forgetting. A sequence that breaks the model goes on to its end. A finished sequence is
     never computed again; one that was interrupted in the middle starts anew.
     """
-    if evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be 1 or more, not {evaluate_every}")
-    if not len(requests):
+    check_number("evaluate_every", evaluate_every, whole=True, least=1)
+    requests, texts, seeds = as_requests(requests), as_texts(texts), check_seeds(seeds)
+    if not requests:
         raise RequestError("there is no request to edit")
-    if not len(seeds):
-        raise ValueError("seeds is empty: give one for each order of the requests")
-    requests, texts = list(requests), list(texts)
+    if group is not None:
+        check_text("group", group)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     data = {"texts": texts, "requests": requests}
     study = setting.study("sequential_edits", data, evaluate_every=evaluate_every)

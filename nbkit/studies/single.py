@@ -11,12 +11,13 @@ import pandas as pd
 
 from nbkit.errors import NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.lists import as_requests, as_texts
 from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import metrics as measure
 from nbkit.studies.generation import generation_metrics
-from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
+from nbkit.studies.method_study import MethodStudy, by_digest, check_arguments, described, outcome_columns
 
 EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
 
@@ -46,9 +47,11 @@ def single_edits(
     optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
     (means over three) as efficacy_prefixed and so on, what is generated, and the provenance.
     """
-    if not len(requests):
+    requests, texts = as_requests(requests), as_texts(texts)
+    if not requests:
         raise RequestError("there is no request to edit")
-    texts = list(texts)
+    if generated is not None:
+        check_arguments("generated", generated, generation_metrics)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     asked_behind = setting.unseen_prefixes if metrics else None
     asked = {"metrics": metrics, "asked_behind": asked_behind}

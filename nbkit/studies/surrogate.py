@@ -12,6 +12,8 @@ import pandas as pd
 
 from nbkit.edits.overlays import applied
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import check_number
+from nbkit.records.lists import as_requests, as_texts
 from nbkit.records.provenance import digest, files_digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
@@ -42,8 +44,10 @@ def task_correlation(
     Columns: edited (False for the unedited model, first), the request, perplexity, task, kind, metric, score, stderr,
     chance, n (items scored), and the provenance.
     """
+    requests, texts = as_requests(requests), as_texts(texts)
+    tasks.check_tasks(task_names, limit, include_path)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
-    texts, names = list(texts), None if task_names is None else list(task_names)
+    names = None if task_names is None else list(task_names)
     data = {"texts": texts, "tasks": files_digest(Path(include_path))}
     if not set(names or ()) <= set(tasks.task_names(include_path)):
         data["lm_eval"] = version("lm_eval")  # whose tasks these are
@@ -71,6 +75,7 @@ def spread(perplexity: Sequence[float], n: int) -> list[int]:
 
     Infinite and NaN perplexities count as the largest finite one. All places, in order, if there are no more than n.
     """
+    check_number("n", n, whole=True, least=1)
     values = np.asarray(perplexity, float)
     if n >= len(values):
         return list(range(len(values)))

@@ -17,8 +17,10 @@ from pathlib import Path
 import pandas as pd
 
 from nbkit import paths
-from nbkit.errors import NbkitError
-from nbkit.models.language_model import LanguageModel
+from nbkit.errors import MethodError, NbkitError
+from nbkit.models.language_model import LanguageModel, check_model
+from nbkit.records.bounds import check_number, check_text
+from nbkit.records.lists import as_list
 
 TASKS = paths.DATA / "tasks"
 
@@ -41,7 +43,9 @@ def task_scores(
     a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and n.
     NbkitError for a task that neither has, naming the nearest.
     """
-    lm.check_causal()
+    check_model(lm).check_causal()
+    check_tasks(tasks, limit, include_path)
+    check_number("batch_size", batch_size, whole=True, least=1)
     for chatty in ("lm_eval", "transformers.modeling_utils"):  # in-process models; passes without a mask, padded right
         logging.getLogger(chatty).setLevel(logging.ERROR)
     from lm_eval.evaluator import evaluate
@@ -50,13 +54,31 @@ def task_scores(
     names = tuple(task_names(include_path) if tasks is None else tasks)
     if not names:
         raise NbkitError(f"no tasks to score: {include_path} has no task files")
-    loaded = _load(names, str(include_path))
+    try:
+        loaded = _load(names, str(include_path))
+    except NbkitError:
+        raise
+    except Exception as error:  # whatever lm-eval meets in a file that is no task's
+        files = ", ".join(f"{name}.yaml" for name in names)
+        raise NbkitError(
+            f"the tasks of {include_path} cannot be loaded, a file of them ({files}) is malformed: {error!r}"
+        ) from error
     harness = HFLM(
         pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, add_bos_token=lm.architecture.adds_bos
     )
     with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars per model; studies show one of their own
         results = evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
     return pd.DataFrame([_row(results, name) for name in loaded["tasks"]])
+
+
+def check_tasks(tasks: Sequence[str] | None, limit: int | None, include_path: Path | str) -> None:
+    """An error of nbkit for names that are no list of texts, a limit below 1, and a folder that is not there."""
+    for index, name in enumerate(() if tasks is None else as_list("tasks", tasks, "names of tasks", MethodError)):
+        check_text(f"tasks[{index}]", name)
+    if limit is not None:
+        check_number("limit", limit, whole=True, least=1)
+    if not isinstance(include_path, str | Path) or not Path(include_path).is_dir():
+        raise NbkitError(f"there is no folder of tasks at {include_path}")
 
 
 @lru_cache

@@ -3,6 +3,7 @@
     recipe, files = recipe_of("miniworld-gpt2", changes={"n_steps": "500"})
 """
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -30,7 +31,7 @@ class MendRecipe(Bounded):
     decay: float = bounded(least=0, most=1)  # share of the steps, at the end, over which both fall to zero
     edit_weight: float = bounded(least=0)
     locality_weight: float = bounded(least=0)
-    grad_clip: float = bounded(above=0)  # the gradient's largest norm
+    grad_clip: float = bounded(above=0, most=math.inf)  # the gradient's largest norm
     text_tokens: int = bounded(least=1)  # a text is cut to so many
     n_normalising: int = bounded(least=1)  # requests whose tokens give mean and std
     n_validation: int = bounded(least=1)  # requests held out, to choose the best by
