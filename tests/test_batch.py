@@ -358,7 +358,7 @@ def test_copy_names_are_readable_and_never_shared():
     slash, space = copy_name("nb", {"model": "a/b"}), copy_name("nb", {"model": "a b"})
     assert slash.startswith("nb--model=a_b--")
     assert slash != space
-    assert re.fullmatch(r"nb--model=mine--\w{8}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
+    assert re.fullmatch(r"nb--model=mine--\w{16}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
     long = [copy_name("nb", {"text": "x" * 300 + end}) for end in "ab"]
     assert len(set(long)) == 2
     assert max(map(len, long)) < 150

@@ -10,6 +10,7 @@ again.
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from jupyter_core.utils import run_sync
@@ -31,16 +32,23 @@ class KeptKernel:
         """
         if self.manager is not None and not run_sync(self.manager.is_alive)():
             self.stop()
-        if self.manager is None:
-            self.manager = OwnKernel()
-            run_sync(self.manager.start_kernel)(cwd=str(self.folder))
         settings = {name: value for name, value in os.environ.items() if name.startswith("NBKIT_")}
         settings["NBKIT_KEEP_MODELS"] = "1"
         code = f"{inspect.getsource(_forget)}\n_forget({str(self.folder)!r}, {settings!r})"
-        reply = run_sync(_answer)(self.manager, code)
+        reply = self.ask(lambda client: client.execute(code, silent=True, reply=True, timeout=START_SECONDS))
         if reply["content"]["status"] != "ok":
             raise RuntimeError(f"it could not be cleared: {reply['content'].get('evalue')}")
         return self.manager
+
+    def ask(self, question: Callable):
+        """The reply to `question(client)`, of a kernel that is started if there is none.
+
+        Each time through a client of its own: a kernel answers only the last that has connected.
+        """
+        if self.manager is None:
+            self.manager = OwnKernel()
+            run_sync(self.manager.start_kernel)(cwd=str(self.folder))
+        return run_sync(_answer)(self.manager, question)
 
     def stop(self) -> None:
         """Ends the kernel; a cell that it runs is interrupted first, and may write what it has computed."""
@@ -57,13 +65,12 @@ class KeptKernel:
         self.stop()
 
 
-async def _answer(manager, code):
-    """The reply to code, through a client of its own: a kernel answers only the last that has connected."""
+async def _answer(manager, question):
     client = manager.client()
     client.start_channels()
     try:
         await client.wait_for_ready(timeout=START_SECONDS)
-        return await client.execute(code, silent=True, reply=True, timeout=START_SECONDS)
+        return await question(client)
     finally:
         client.stop_channels()
 
