@@ -22,6 +22,7 @@ from nbkit.batch.run import copy_name, find_notebook, run_all, run_notebook
 from nbkit.batch.sweep import combinations, grid_of, sweep
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 from nbkit.methods.table import METHODS
+from nbkit.records.files import states
 
 FIXTURES = Path(__file__).parent / "notebooks"
 
@@ -254,13 +255,8 @@ print(json.dumps([wrong, sorted(set(sys.modules) - modules)]))
 
 def takes(folder, name="takes"):
     """A notebook that declares a parameter of every type, and prints them."""
-    cells = [nbformat.v4.new_code_cell(TAKES, metadata={"tags": ["parameters"]})]
     names = [line.split(":")[0] for line in TAKES.splitlines()[2:]]
-    cells += [nbformat.v4.new_code_cell(f"import json\n\nprint(json.dumps([{', '.join(names)}]))")]
-    path = folder / f"{name}.ipynb"
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
-    return path
+    return small(folder / f"{name}.ipynb", TAKES, f"import json\n\nprint(json.dumps([{', '.join(names)}]))")
 
 
 @pytest.mark.filterwarnings("ignore:.*specified")  # papermill takes what follows a ? in a name for a query
@@ -584,6 +580,60 @@ def test_copy_names_are_readable_and_never_shared():
     assert slash.startswith("nb--model=a_b--")
     assert slash != space
     assert re.fullmatch(r"nb--model=mine--\w{16}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
-    long = [copy_name("nb", {"text": "x" * 300 + end}) for end in "ab"]
-    assert len(set(long)) == 2
-    assert max(map(len, long)) < 150
+    long = [copy_name("nb", {"text": letter * 300 + end}) for end in "ab" for letter in "xй字"]
+    assert len(set(long)) == 6
+    assert max(len(name.encode()) for name in long) < 150
+    alike = [{"x": ["a,b"]}, {"x": ["a", "b"]}, {"x": "a--n=1"}, {"x": "a", "n": 1}, {"x": "None"}, {"x": None}]
+    alike += [{"x": "7"}, {"x": 7}, {"x": "True"}, {"x": True}, {"x": [""]}, {"x": []}, {"x": "'a'"}, {"x": '"a"'}]
+    alike += [{"x": {"a": 1}}, {"x": {"a": "1"}}, {"x": "{'a': 1}"}, {"x": "a.partial"}, {"x": "a.failed"}]
+    alike += [{"x": "1e-05"}, {"x": 1e-05}, {"x": [["a"]]}, {"x": ["['a']"]}, {"x": "é"}, {"x": "e\u0301"}, {"x": "a"}]
+    names = [copy_name("nb", values) for values in alike]
+    assert len({name.lower() for name in names}) == len(alike)
+    assert not [name for name in names if name.endswith((".partial.ipynb", ".failed.ipynb"))]
+
+
+MEETS = """import os, time
+from pathlib import Path
+
+Path(place, str(os.getpid())).touch()
+while len(list(Path(place).iterdir())) < 2:
+    time.sleep(0.1)
+print(len(list(Path(out).rglob("*.partial.ipynb"))), os.getpid())
+"""
+
+
+def small(path, declares, code):
+    """A notebook of two cells."""
+    cells = [nbformat.v4.new_code_cell(declares, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
+    return path
+
+
+def test_two_processes_with_the_same_parameters_write_no_file_of_each_other_s(tmp_path):
+    (tmp_path / "place").mkdir()
+    path = small(tmp_path / "meets.ipynb", 'place: str = ""\nout: str = ""', MEETS)
+    given = ["-p", "place", tmp_path / "place", "-p", "out", tmp_path / "out", "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "nbkit", "run", *map(str, [path, *given])]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [each.wait(300) for each in both] == [0, 0]
+    (copy,) = (tmp_path / "out").rglob("*.ipynb")
+    ((number, kernel),) = map(str.split, printed(copy))
+    assert number == "2" and kernel in {each.name for each in (tmp_path / "place").iterdir()}
+
+
+def test_a_folder_deleted_while_its_notebook_runs_is_told(tmp_path):
+    path = small(tmp_path / "deletes.ipynb", 'place: str = ""', "import shutil\n\nshutil.rmtree(place)")
+    with pytest.raises(ResultsError, match="deletes.* could not be written"):
+        run_notebook(path, {"place": str(tmp_path / "out")}, tmp_path / "out", progress=False)
+
+
+def test_files_that_change_are_told_by_their_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert states("~/model") == states(tmp_path / "none") == []
+    (tmp_path / "model/a.bin").write_bytes(b"12")
+    ((name, size, _),) = states("~/model")
+    assert (name, size) == ("a.bin", 2)
+    (tmp_path / "model/gone.bin").symlink_to("nowhere")  # as one deleted while the folder is read
+    assert len(states(tmp_path / "model")) == len(states("~/model/a.bin")) == 1

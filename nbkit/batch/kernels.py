@@ -23,22 +23,37 @@ class OwnKernel(AsyncKernelManager):
 
     def __init__(self, **options):
         super().__init__(shutdown_wait_time=STOP_SECONDS, transport_encryption="auto", **options)
+        self.clients = []
+
+    def client(self, **options):
+        """A client, whose channels `close_clients` closes: papermill leaves those of a kernel that it did not start."""
+        self.clients.append(super().client(**options))
+        return self.clients[-1]
+
+    def close_clients(self) -> None:
+        for client in self.clients:
+            if client.channels_running:
+                client.stop_channels()
+        self.clients.clear()
 
     @property
     def kernel_spec(self):
         return KernelSpec(**get_kernel_dict())
 
-    async def shutdown_kernel(self, now=False, restart=False):
-        """Interrupts what runs and, unless `now`, lets it end and store, before the kernel is asked to go.
+    async def end(self, at_once: bool) -> None:
+        """Ends the kernel, if there is one: what runs is interrupted and may store, unless it ends `at_once`.
 
-        A kernel that is asked closes its connections at once, whatever its cell is still doing.
+        A kernel that is asked to go closes its connections, whatever its cell is still doing: so that is waited for.
         """
-        if self.has_kernel and now:
+        if self.has_kernel and at_once:
             await self.signal_kernel(signal.SIGKILL)  # one that starts would tell of an interrupt in a traceback
         elif self.has_kernel:
             await self.interrupt_kernel()
             await self._idle()
-        await super().shutdown_kernel(now, restart)
+            await self.request_shutdown()
+        await self.finish_shutdown()
+        await self.cleanup_resources()
+        self.close_clients()
 
     async def _idle(self):
         """Waits until the kernel takes the next request, has died, or STOP_SECONDS are over."""
@@ -75,7 +90,9 @@ class Kernel:
         """
         if self.manager is not None and not run_sync(self.manager.is_alive)():
             self.stop()
-        if self.manager is None:
+        if self.manager is not None:
+            self.manager.close_clients()  # of an earlier run
+        else:
             self.manager = OwnKernel()
             run_sync(self.manager.start_kernel)(cwd=str(self.folder))
         reply = run_sync(_answer)(self.manager, question)
@@ -88,8 +105,7 @@ class Kernel:
             return
         at_once = not self.answers or not run_sync(self.manager.is_alive)()
         manager, self.manager, self.answers = self.manager, None, False
-        run_sync(manager.shutdown_kernel)(now=at_once)
-        run_sync(manager.cleanup_resources)()
+        run_sync(manager.end)(at_once)
 
     def __enter__(self):
         return self
