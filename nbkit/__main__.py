@@ -5,7 +5,11 @@
 
 import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +23,8 @@ Out = Annotated[Path | None, typer.Option(help="Folder for executed notebooks.",
 Hparams = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="TOML of your own, in the form of nbkit's.")
 ]
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PATIENCE = 60.0  # seconds in which what a first signal has begun may end
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; repeatable.")]
 
 
@@ -201,16 +207,61 @@ def train_mend(
     typer.echo(train_to_file(load(model, device, dtype), chosen, files))
 
 
-def main():
-    """Run the command line; a known error becomes one message and exit status 1."""
+class Stopped(KeyboardInterrupt):
+    """A signal has come that ends the command. (Of a plain KeyboardInterrupt Python may give another exit status.)"""
+
+
+@contextmanager
+def stoppable() -> Iterator[list[signal.Signals]]:
+    """Within this `with`, SIGTERM and SIGHUP end what runs as Ctrl-C does, by a KeyboardInterrupt.
+
+    So a kernel is interrupted, stores what it has computed and ends. Yields the signals that have come. One that is
+    ignored stays so (nohup). A terminal that closes sends several: those that follow a first one do not disturb what it
+    has begun, but for a second Ctrl-C.
+    """
+    arrived: list[signal.Signals] = []
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+    since = time.monotonic()
+
+    def stop(number, frame):
+        nonlocal since
+        if number != signal.SIGINT and arrived and time.monotonic() < since + PATIENCE:
+            return
+        since = time.monotonic()
+        arrived.append(signal.Signals(number))
+        for terminal in terminals:
+            if not os.isatty(terminal):  # it is gone: a progress bar that is drawn there would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        raise Stopped
+
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
     try:
-        app(prog_name="nbkit")
-    except NbkitError as error:
-        sys.exit(f"error: {error}")
-    except SystemExit as end:
-        if end.code == 130:  # typer's status after Ctrl-C
-            print("interrupted; rows that were already stored are kept", file=sys.stderr)
-        raise
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main():
+    """Run the command line; what ends it becomes one message.
+
+    Exit status 1 for a known error, 128 and its number for a signal: 130 after Ctrl-C.
+    """
+    with stoppable() as arrived:
+        try:
+            app(prog_name="nbkit")
+        except BaseException as end:
+            if arrived:
+                cause = "" if isinstance(end, KeyboardInterrupt | SystemExit) else f" ({type(end).__name__}: {end})"
+                by = "" if arrived[0] == signal.SIGINT else f" by {arrived[0].name}"
+                print(f"interrupted{by}; rows that were already stored are kept{cause}", file=sys.stderr)
+                sys.exit(128 + arrived[0])
+            if isinstance(end, NbkitError):
+                sys.exit(f"error: {end}")
+            raise
 
 
 if __name__ == "__main__":

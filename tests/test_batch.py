@@ -4,21 +4,25 @@ import errno
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from papermill.translators import translate_parameters
 
-from nbkit.batch import NOTEBOOKS
+from nbkit.batch import NOTEBOOKS, kernels
 from nbkit.batch import run as batch
 from nbkit.batch.allowed import allowed_by
-from nbkit.batch.parameters import checked, convert, declared
+from nbkit.batch.parameters import checked, convert, declared, fitted
 from nbkit.batch.record import is_finished, keep_record, record_of
 from nbkit.batch.run import copy_name, find_notebook, run_all, run_notebook
-from nbkit.batch.sweep import combinations, grid_of
+from nbkit.batch.sweep import combinations, grid_of, sweep
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 from nbkit.methods.table import METHODS
+from nbkit.records.files import states
 
 FIXTURES = Path(__file__).parent / "notebooks"
 
@@ -61,7 +65,7 @@ def test_declared_reads_names_types_defaults_and_help():
         ("seeds", "[3, 4]", [3, 4]),
         ("seeds", "3,4", [3, 4]),
         ("seeds", "5", [5]),
-        ("seeds", (1, 2), [1, 2]),
+        ("seeds", [1, 2], [1, 2]),
         ("seeds", "[]", []),
         ("methods", "rome, memit", ["rome", "memit"]),
         ("methods", "['rome']", ["rome"]),
@@ -214,6 +218,223 @@ def test_methods_named_in_notebooks_are_those_that_there_are():
     assert {allowed.words for allowed in named} == {tuple(METHODS)}
 
 
+# --- parameters are JSON, and nothing else ----------------------------------------------------------------------------
+
+NEVER = Path("sentinel")  # what a payload would make
+RUN = f"exec(bytes({list(f'open({str(NEVER)!r}, {chr(119)!r})'.encode())}).decode())"  # as code, without any quote
+PAYLOADS = [
+    text.replace("RUN", RUN).replace("SENTINEL", str(NEVER))
+    for text in json.loads((Path(__file__).parent / "payloads.json").read_text(encoding="utf-8"))
+]
+TAKES = """from typing import Optional
+
+text: str = ""
+texts: list[str] = []
+items: list = []
+table: dict = {}
+count: int = 1
+rate: float = 1.0
+flag: bool = False
+maybe: Optional[str] = None
+requests: str = "miniworld"  # file or name: what to edit
+"""
+EXECUTES = """
+import json, os, sys
+from IPython.core.inputtransformer2 import TransformerManager
+cells, wrong = json.load(sys.stdin), []
+before, modules = dict(os.environ), set(sys.modules)
+for source, expected in cells:
+    held = {}
+    exec(TransformerManager().transform_cell(source), held)
+    held.pop("__builtins__")
+    if repr(held) != repr(expected) or os.path.exists("sentinel") or dict(os.environ) != before:
+        wrong.append(source)
+print(json.dumps([wrong, sorted(set(sys.modules) - modules)]))
+"""
+
+
+def takes(folder, name="takes"):
+    """A notebook that declares a parameter of every type, and prints them."""
+    names = [line.split(":")[0] for line in TAKES.splitlines()[2:]]
+    return small(folder / f"{name}.ipynb", TAKES, f"import json\n\nprint(json.dumps([{', '.join(names)}]))")
+
+
+@pytest.mark.filterwarnings("ignore:.*specified")  # papermill takes what follows a ? in a name for a query
+def test_no_payload_runs_and_each_text_arrives_as_it_is(tmp_path, monkeypatch):
+    """The cells that papermill writes for them are executed as IPython would, in a process of their own."""
+    monkeypatch.chdir(tmp_path)
+    exec(RUN)
+    assert NEVER.is_file(), "the payloads would do nothing"
+    NEVER.unlink()
+    path = takes(tmp_path)
+    known, cells, refused = declared(path), [], 0
+    assert len(PAYLOADS) >= 100
+    for text in PAYLOADS:
+        nested = {text: [text, {"deep": {text: [text, None, True, 1, 0.5]}}]}
+        whole = [
+            ({"text": text, "maybe": text}, {"text": text, "maybe": text}),
+            ({"texts": [text, text + "x"]}, {"texts": [text, text + "x"]}),
+            ({"table": nested, "items": [nested]}, {"items": [nested], "table": nested}),
+            ({"table": json.dumps(nested), "items": json.dumps([nested])}, {"items": [nested], "table": nested}),
+            ({"table": repr(nested), "items": repr([nested])}, {"items": [nested], "table": nested}),
+            ({"text": grid_of(path, [("text", '"' + text.replace('"', '""') + '"')])["text"][0]}, {"text": text}),
+        ]
+        is_text = text.isascii() or not re.search("[\ud800-\udfff]", text)
+        for given, expected in whole:
+            if is_text:
+                assert fitted(path, known, given) == expected
+                cells.append((given, expected))
+            else:
+                with pytest.raises(ParameterError, match="no Unicode text"):
+                    fitted(path, known, given)
+        for name in ("texts", "items", "table", "count", "rate", "flag", "requests"):
+            try:
+                cells.append(({name: text}, fitted(path, known, {name: text})))
+            except ParameterError:
+                refused += 1
+        with pytest.raises(ParameterError, match="has no parameter"):
+            fitted(path, known, {text: 1})
+        copy = copy_name("takes", {"text": text}) if is_text else ""
+        assert "/" not in copy and copy.isprintable() and len(copy.encode()) < 200
+        try:
+            assert declared(takes(tmp_path, text)).keys() == known.keys()
+        except (OSError, ValueError):  # no file can be called so
+            with pytest.raises(ParameterError):
+                run_notebook(text, {}, tmp_path / "out")
+    assert refused > 500 and not NEVER.exists() and not (tmp_path / "out").exists()
+
+    sources = [(translate_parameters("python3", "python", values, "Parameters"), values) for _, values in cells]
+    command = [sys.executable, "-c", EXECUTES]
+    result = subprocess.run(command, input=json.dumps(sources), capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    wrong, imported = json.loads(result.stdout)
+    assert len(sources) > 800 and not wrong and not NEVER.exists()
+    assert not imported
+
+
+def test_a_payload_arrives_through_a_run_of_a_notebook_that_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"a\"\n!touch {NEVER}\n' \\\u2028{{{RUN}}}\0é"
+    name = f"a' + \"{{{RUN}}}; touch {NEVER} #\n!touch {NEVER}"
+    given = {"text": text, "table": {text: [text]}}
+    copy = run_notebook(takes(tmp_path, name), given, tmp_path / "out", progress=False)
+    assert json.loads(printed(copy)[0])[:4] == [text, [], [], {text: [text]}]
+    assert not list(tmp_path.rglob(str(NEVER)))
+
+
+class Text(str):
+    """Prints as code."""
+
+    def __str__(self):
+        return RUN
+
+
+REFUSED = [
+    ("items", (1, 2), "a tuple is no JSON value: write a list"),
+    ("items", [(1,)], "a tuple is no JSON value"),
+    ("table", {"a": {"b": [(RUN,)]}}, "a tuple is no JSON value"),
+    ("table", f"{{'a': ('x\" + str({RUN}) + \"',)}}", "is no JSON value"),
+    ("items", {1, 2}, "a set is no JSON value"),
+    ("items", [{"a"}], "a set is no JSON value"),
+    ("items", "[{'a'}]", "is no JSON value"),
+    ("items", range(2), "a range is no JSON value"),
+    ("text", b"x", "a bytes is no JSON value"),
+    ("items", "[b'x']", "a bytes is no JSON value"),
+    ("text", Text("x"), "a Text is no JSON value: write str(...) of it"),
+    ("table", {"a": Text("x")}, "a Text is no JSON value"),
+    ("table", {Text("x"): 1}, "a dict's names must be texts"),
+    ("table", {1: 2}, "a dict's names must be texts, and 1 is an int"),
+    ("table", "{1: 2}", "a dict's names must be texts"),
+    ("table", {("a",): 1}, "a dict's names must be texts"),
+    ("table", {None: 1}, "a dict's names must be texts"),
+    ("text", Path("x"), "is no JSON value"),
+    ("items", [object()], "an object is no JSON value"),
+    ("items", [lambda: 1], "a function is no JSON value"),
+    ("count", np.int64(3), "an int64 is no JSON value"),
+    ("rate", np.float64(0.5), "a float64 is no JSON value: write float(...) of it"),
+    ("items", np.arange(3), "a ndarray is no JSON value"),
+    ("count", 1j, "a complex is no JSON value"),
+    ("rate", float("nan"), "JSON has no number nan"),
+    ("rate", float("inf"), "JSON has no number inf"),
+    ("items", [float("-inf")], "JSON has no number -inf"),
+    ("rate", "nan", "'nan' is no float"),
+    ("rate", "Infinity", "'Infinity' is no float"),
+    ("items", "[NaN]", "JSON has no number NaN"),
+    ("table", '{"a": -Infinity}', "JSON has no number -Infinity"),
+    ("rate", "1e400", "'1e400' would become inf"),
+    ("items", "[1e400]", "'1e400' would become inf"),
+    ("table", "{'a': -1e400}", "'-1e400' would become -inf"),
+    ("rate", "1e-400", "'1e-400' would become 0.0"),
+    ("rate", "3.14159265358979323846", "would become 3.141592653589793"),
+    ("items", "[0.1000000000000000055511151231257827]", "would become 0.1"),
+    ("rate", "9007199254740993.0", "would become 9007199254740992.0"),
+    ("rate", "9007199254740993", "whole numbers go up to 2**53"),
+    ("rate", 2**53 + 1, "whole numbers go up to 2**53"),
+    ("count", 2**53 + 1, "whole numbers go up to 2**53"),
+    ("count", -(10**5000), "whole numbers go up to 2**53"),
+    ("count", "9" * 5000, "whole numbers go up to 2**53"),
+    ("items", f"[{'9' * 5000}]", "whole numbers go up to 2**53"),
+    ("count", "1_000", "'1_000' is no int"),
+    ("items", "[1, 1_000, 'a']", "'1_000' is no JSON number"),
+    ("items", "[0x10]", "'0x10' is no JSON number"),
+    ("count", "+1", "'+1' is no int"),
+    ("count", "007", "'007' is no int"),
+    ("count", "\u0663", "is no int"),
+    ("rate", ".5", "'.5' is no float"),
+    ("count", "-0", "-0 is no number of its own"),
+    ("rate", -0.0, "-0 is no number of its own"),
+    ("items", "[-0.0]", "-0 is no number of its own"),
+    ("count", "1.0", "is no int"),
+    ("texts", [1], "is no list[str]"),
+    ("table", '{"a": 1, "a": 2}', "'a' is in one dict twice"),
+    ("table", "{'a': 1, 'a': 2}", "'a' is in one dict twice"),
+    ("table", "{**{}}", "no name in a dict"),
+    ("items", "[" * 100_000, "deep in one another"),
+    ("items", "[" * 60 + "]" * 60, "deep in one another"),
+    ("items", f"[{'-' * 90_000}1]", "is no list"),
+    ("text", "x" * 200_000, "longer than 100000 characters: write it to a file"),
+    ("text", "é" * 50_000, "longer than 100000 characters"),
+    ("requests", "x" * 300, "can be no file"),
+    ("requests", "~nobody-of-that-name/x.json", "can be no file"),
+    ("requests", "./a\0b.json", "requests"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_what_is_no_json_is_refused_before_anything_is_written(name, value, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError, match=re.escape(message)):
+        run_notebook(takes(tmp_path), {name: value}, tmp_path / "out")
+    if name not in ("table", "items", "texts"):
+        with pytest.raises(ParameterError, match=re.escape(message)):
+            sweep(takes(tmp_path), {name: [value]}, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["takes.ipynb"]
+
+
+def test_endless_values_are_refused(tmp_path):
+    ring = []
+    ring.append(ring)
+    wide = [1]
+    for _ in range(40):
+        wide = [wide, wide]
+    for value in (ring, wide):
+        with pytest.raises(ParameterError, match="deep in one another|longer than"):
+            checked(takes(tmp_path), {"items": value})
+
+
+@pytest.mark.parametrize("given", [[("count", 1)], "count", {"count": 1, 2: 3}, {b"count": 1}, 3])
+def test_parameters_come_as_a_dict_by_name(given, tmp_path):
+    with pytest.raises(ParameterError, match="as a dict, name -> value|has no parameter"):
+        run_notebook(takes(tmp_path), given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("values", ["12", {1: 2}, {1, 2}, b"12", 3, [], iter([1]), None])
+def test_a_grid_takes_lists_of_values(values, tmp_path):
+    with pytest.raises(ParameterError, match="count: give a list of one or more values"):
+        sweep(takes(tmp_path), {"count": values}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +550,7 @@ def test_a_read_only_folder_is_refused(tmp_path):
 
 def test_a_kernel_that_does_not_start_is_a_failure(tmp_path, monkeypatch):
     command = {"argv": [sys.executable, "-c", "raise SystemExit(3)"], "display_name": "x", "language": "python"}
-    monkeypatch.setattr(batch, "get_kernel_dict", lambda: command)
+    monkeypatch.setattr(kernels, "get_kernel_dict", lambda: command)
     with pytest.raises(NotebookError, match="works.ipynb: the kernel did not start"):
         run_notebook(notebook("works"), {}, tmp_path, progress=False)
 
@@ -358,7 +579,61 @@ def test_copy_names_are_readable_and_never_shared():
     slash, space = copy_name("nb", {"model": "a/b"}), copy_name("nb", {"model": "a b"})
     assert slash.startswith("nb--model=a_b--")
     assert slash != space
-    assert re.fullmatch(r"nb--model=mine--\w{8}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
-    long = [copy_name("nb", {"text": "x" * 300 + end}) for end in "ab"]
-    assert len(set(long)) == 2
-    assert max(map(len, long)) < 150
+    assert re.fullmatch(r"nb--model=mine--\w{16}\.ipynb", copy_name("nb", {"model": "/home/me/models/mine"}))
+    long = [copy_name("nb", {"text": letter * 300 + end}) for end in "ab" for letter in "xй字"]
+    assert len(set(long)) == 6
+    assert max(len(name.encode()) for name in long) < 150
+    alike = [{"x": ["a,b"]}, {"x": ["a", "b"]}, {"x": "a--n=1"}, {"x": "a", "n": 1}, {"x": "None"}, {"x": None}]
+    alike += [{"x": "7"}, {"x": 7}, {"x": "True"}, {"x": True}, {"x": [""]}, {"x": []}, {"x": "'a'"}, {"x": '"a"'}]
+    alike += [{"x": {"a": 1}}, {"x": {"a": "1"}}, {"x": "{'a': 1}"}, {"x": "a.partial"}, {"x": "a.failed"}]
+    alike += [{"x": "1e-05"}, {"x": 1e-05}, {"x": [["a"]]}, {"x": ["['a']"]}, {"x": "é"}, {"x": "e\u0301"}, {"x": "a"}]
+    names = [copy_name("nb", values) for values in alike]
+    assert len({name.lower() for name in names}) == len(alike)
+    assert not [name for name in names if name.endswith((".partial.ipynb", ".failed.ipynb"))]
+
+
+MEETS = """import os, time
+from pathlib import Path
+
+Path(place, str(os.getpid())).touch()
+while len(list(Path(place).iterdir())) < 2:
+    time.sleep(0.1)
+print(len(list(Path(out).rglob("*.partial.ipynb"))), os.getpid())
+"""
+
+
+def small(path, declares, code):
+    """A notebook of two cells."""
+    cells = [nbformat.v4.new_code_cell(declares, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
+    return path
+
+
+def test_two_processes_with_the_same_parameters_write_no_file_of_each_other_s(tmp_path):
+    (tmp_path / "place").mkdir()
+    path = small(tmp_path / "meets.ipynb", 'place: str = ""\nout: str = ""', MEETS)
+    given = ["-p", "place", tmp_path / "place", "-p", "out", tmp_path / "out", "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "nbkit", "run", *map(str, [path, *given])]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [each.wait(300) for each in both] == [0, 0]
+    (copy,) = (tmp_path / "out").rglob("*.ipynb")
+    ((number, kernel),) = map(str.split, printed(copy))
+    assert number == "2" and kernel in {each.name for each in (tmp_path / "place").iterdir()}
+
+
+def test_a_folder_deleted_while_its_notebook_runs_is_told(tmp_path):
+    path = small(tmp_path / "deletes.ipynb", 'place: str = ""', "import shutil\n\nshutil.rmtree(place)")
+    with pytest.raises(ResultsError, match="deletes.* could not be written"):
+        run_notebook(path, {"place": str(tmp_path / "out")}, tmp_path / "out", progress=False)
+
+
+def test_files_that_change_are_told_by_their_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert states("~/model") == states(tmp_path / "none") == []
+    (tmp_path / "model/a.bin").write_bytes(b"12")
+    ((name, size, _),) = states("~/model")
+    assert (name, size) == ("a.bin", 2)
+    (tmp_path / "model/gone.bin").symlink_to("nowhere")  # as one deleted while the folder is read
+    assert len(states(tmp_path / "model")) == len(states("~/model/a.bin")) == 1

@@ -145,13 +145,43 @@ def test_doctor_tells_a_package_of_another_version():
     assert doctor.package(Requirement("no-such-package")).remedy
 
 
-def test_ctrl_c_lets_the_notebook_clean_up(tmp_path):
-    note = tmp_path / "note"  # the notebook interrupts the command and writes this file on its way out
-    result = nbkit("run", FIXTURES / "interrupted.ipynb", "-p", "note", note, "--out", tmp_path)
-    assert result.returncode == 130
-    assert "interrupted" in result.stderr
-    assert note.read_text() == "cleaned up"
-    assert not [p for p in tmp_path.rglob("*.ipynb") if ".partial" not in p.name]
+@pytest.mark.parametrize(
+    ("command", "name", "line"),
+    [
+        ("run", "SIGINT", "interrupted; rows that were already stored are kept"),
+        ("run", "SIGTERM", "interrupted by SIGTERM; rows that were already stored are kept"),
+        ("run", "SIGHUP", "interrupted by SIGHUP; rows that were already stored are kept"),
+        ("sweep", "SIGTERM", "interrupted by SIGTERM; rows that were already stored are kept"),
+        ("sweep", "SIGINT", "interrupted; rows that were already stored are kept"),
+        ("figures", "SIGINT", "interrupted; rows that were already stored are kept"),
+    ],
+)
+def test_a_signal_lets_the_notebook_clean_up_and_is_told_in_one_line(command, name, line, tmp_path):
+    note = tmp_path / "note"  # the notebook sends the signal to the command and writes this file on its way out
+    path, given = FIXTURES / "interrupted.ipynb", ["-p", "note", note, "-p", "name", name]
+    if command == "figures":
+        (tmp_path / "notebooks").mkdir()
+        text = path.read_text().replace('note: str = \\"\\"', f'note: str = \\"{note}\\"')
+        (tmp_path / "notebooks" / path.name).write_text(text)
+        path, given = "--notebooks", [tmp_path / "notebooks"]
+    result = nbkit(command, path, *given, "--out", tmp_path / "runs")
+    assert (result.returncode, result.stdout, result.stderr) == (128 + signal.Signals[name], "", f"{line}\n")
+    cleaned, kernel = note.read_text().rsplit(" ", 1)
+    assert cleaned == "cleaned up"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(kernel), 0)
+    (partial,) = (tmp_path / "runs").rglob("*.ipynb")  # what had run is kept, and nothing looks like a complete run
+    assert partial.name.endswith(".partial.ipynb") and "time.sleep" in partial.read_text()
+
+
+def test_ctrl_c_ends_doctor_in_one_line(monkeypatch, capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    monkeypatch.setattr(doctor, "packages", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["nbkit", "doctor"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err.count("\n")) == (130, 1)
 
 
 def test_figures_runs_all_and_lists_what_failed(tmp_path):

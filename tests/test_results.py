@@ -286,6 +286,36 @@ def test_values_that_no_column_can_hold_are_refused_and_the_rest_is_kept(store):
     assert store.study("toy", KEY).frame()["case_id"].tolist() == [1]
 
 
+def test_folders_deleted_in_the_middle_leave_a_store_that_opens(store, monkeypatch):
+    """By another process, or by hand: what is left is read, and only what is gone is computed again."""
+    monkeypatch.setattr(results, "FLUSH_SECONDS", 0.0)
+    whole, compute = Store(store.folder / "whole").study("toy", KEY).complete(UNITS, Compute()), Compute()
+
+    def deleting(unit):
+        if unit == UNITS[4]:
+            shutil.rmtree(store.folder / "toy")
+        return compute(unit)
+
+    same(store.study("toy", KEY).complete(UNITS, deleting), whole)
+    assert set(tables.results("toy", store=store)["case_id"]) == {4, 5, 6}  # their key is there again
+    again = Compute()
+    same(store.study("toy", KEY).complete(UNITS, again), whole)
+    assert again.calls == UNITS[:4]
+
+    folder = store.study("toy", KEY).folder
+    for number in (0, 6):
+        run_of(f"r{number}", monkeypatch)
+        store.study("toy", KEY).complete([UNITS[number]], again)
+    parts = {part: set(pq.read_table(part)["unit"].to_pylist()) for part in folder.glob("part-*.parquet")}
+    for part in parts:
+        if UNITS[0] in parts[part]:
+            part.unlink()
+    assert overview(store)["run"].fillna("").tolist() == ["r6", ""]  # the note of the other is there, its rows are not
+    listed = sorted(folder.glob("part-*.parquet"))
+    monkeypatch.setattr(type(folder), "glob", lambda *_: iter([folder / "part-gone.parquet", *listed]))
+    assert UNITS[6] in store.study("toy", KEY).units  # one is deleted between listing and reading
+
+
 def test_two_processes_share_a_study(store):
     code = """
         import sys, time

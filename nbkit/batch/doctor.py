@@ -8,19 +8,18 @@ import importlib
 import importlib.metadata
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jupyter_core.utils import run_sync
 from packaging.requirements import Requirement
 
 import nbkit
 from nbkit import paths
-from nbkit.batch.run import OwnKernel
+from nbkit.batch.kernels import Kernel
 from nbkit.errors import NbkitError
 from nbkit.records import embedded
+from nbkit.records.files import prove_writable
 
 INSTALL = "install it anew: `make test`, or `python -m pip install -e .`"
 MODULES = {"scikit-learn": "sklearn"}  # distributions whose module is called otherwise, but for - and _
@@ -123,27 +122,12 @@ def model(name: str) -> Finding:
 
 def kernel() -> Finding:
     """Jupyter's kernel: starts, and answers."""
-    manager = OwnKernel()
     try:
-        return Finding("Jupyter kernel", run_sync(_answer)(manager))
+        with Kernel(Path.cwd()) as started:
+            reply = started.ask(lambda client: client.kernel_info(reply=True, timeout=30))
     except Exception as error:  # whatever a kernel that does not come up raises
         return Finding("Jupyter kernel", f"does not start: {type(error).__name__}: {error}", INSTALL)
-    finally:
-        if manager.has_kernel:
-            run_sync(manager.shutdown_kernel)(now=True)
-        run_sync(manager.cleanup_resources)()
-
-
-async def _answer(manager: OwnKernel) -> str:
-    await manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    try:
-        await client.wait_for_ready(timeout=120)
-        reply = await client.kernel_info(reply=True, timeout=30)
-        return reply["content"]["banner"].splitlines()[0]
-    finally:
-        client.stop_channels()
+    return Finding("Jupyter kernel", reply["content"]["banner"].splitlines()[0])
 
 
 def folders() -> Iterator[Finding]:
@@ -151,8 +135,7 @@ def folders() -> Iterator[Finding]:
     for folder, setting in ((paths.RUNS, "NBKIT_RUNS"), (paths.figures(paths.ROOT / "figures"), "NBKIT_FIGURES")):
         there = next(each for each in (folder, *folder.parents) if each.exists())  # a run makes what is missing
         try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(b"probe")
+            prove_writable(there)
         except OSError as error:
             yield Finding(f"folder {folder}", f"cannot be written: {error.strerror}", f"set {setting} to another one")
         else:

@@ -10,62 +10,25 @@ again.
 
 import inspect
 import os
-from pathlib import Path
 
-from jupyter_core.utils import run_sync
-
-from nbkit.batch.run import START_SECONDS, OwnKernel
+from nbkit.batch.kernels import START_SECONDS, Kernel
 
 
-class KeptKernel:
-    """A kernel that `ready` starts where there is none, and `stop` ends."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.manager = None
+class KeptKernel(Kernel):
+    """A kernel that `ready` clears; started where there is none, or one has died."""
 
     def ready(self):
         """The manager of a kernel that has no variables, and the environment variables NBKIT_... of this process.
 
         RuntimeError if it does not start.
         """
-        if self.manager is not None and not run_sync(self.manager.is_alive)():
-            self.stop()
-        if self.manager is None:
-            self.manager = OwnKernel()
-            run_sync(self.manager.start_kernel)(cwd=str(self.folder))
         settings = {name: value for name, value in os.environ.items() if name.startswith("NBKIT_")}
         settings["NBKIT_KEEP_MODELS"] = "1"
         code = f"{inspect.getsource(_forget)}\n_forget({str(self.folder)!r}, {settings!r})"
-        reply = run_sync(_answer)(self.manager, code)
+        reply = self.ask(lambda client: client.execute(code, silent=True, reply=True, timeout=START_SECONDS))
         if reply["content"]["status"] != "ok":
             raise RuntimeError(f"it could not be cleared: {reply['content'].get('evalue')}")
         return self.manager
-
-    def stop(self) -> None:
-        """Ends the kernel; a cell that it runs is interrupted first, and may write what it has computed."""
-        if self.manager is None:
-            return
-        manager, self.manager = self.manager, None
-        run_sync(manager.shutdown_kernel)(now=not run_sync(manager.is_alive)())
-        run_sync(manager.cleanup_resources)()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.stop()
-
-
-async def _answer(manager, code):
-    """The reply to code, through a client of its own: a kernel answers only the last that has connected."""
-    client = manager.client()
-    client.start_channels()
-    try:
-        await client.wait_for_ready(timeout=START_SECONDS)
-        return await client.execute(code, silent=True, reply=True, timeout=START_SECONDS)
-    finally:
-        client.stop_channels()
 
 
 def _forget(folder, settings):

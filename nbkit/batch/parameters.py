@@ -12,6 +12,8 @@ hours with the default. Here every value is checked before anything runs. The ty
 list[...], dict and Optional[...]; a parameter whose default is None takes None too; without an annotation the
 default's type counts.
 
+Values are JSON and nothing else, whether a command line gives them as text or Python as objects: see values.py.
+
 A comment that ends in brackets says what the value may be, as in `[1..]` or `[mixed | plain]`: see allowed.py. It may
 go on in lines of its own below.
 
@@ -35,6 +37,7 @@ import nbformat
 import papermill
 
 from nbkit.batch.allowed import Allowed, allowed_by
+from nbkit.batch.values import LONGEST, NotJson, convert, shown, stands_for_none, strict
 from nbkit.errors import ModelError, ParameterError
 from nbkit.records.bounds import nearest
 from nbkit.records.embedded import embedded_models, locate_model
@@ -68,15 +71,18 @@ class Parameter:
 
         Raises ParameterError for a value of another type, and for one that the comment's brackets do not allow.
         """
-        if value in (None, "None") and (self.default is None or self.kind.startswith("Optional")):
-            return None
-        if self.allowed and isinstance(value, str) and value in self.allowed.words:
+        if value is None or stands_for_none(value, self.kind):
+            if self.default is None or self.kind.startswith("Optional"):
+                return None
+        if self.allowed and type(value) is str and value in self.allowed.words:
             return [value] if re.match("list|List", self.kind) else value
         try:
             value = convert(value, self.kind)
-        except (ValueError, TypeError, SyntaxError):
+        except NotJson as error:
+            raise ParameterError(f"parameter {self.name}: {error} ({self})") from None
+        except (ValueError, TypeError):
             meant = nearest(value, self.allowed.words if self.allowed else ())
-            raise ParameterError(f"parameter {self.name}: {value!r} is no {self.kind}{meant} ({self})") from None
+            raise ParameterError(f"parameter {self.name}: {shown(value)} is no {self.kind}{meant} ({self})") from None
         if self.allowed:
             self.allowed.check(self.name, value)
         return value
@@ -89,73 +95,28 @@ class Parameter:
         if not marked or not isinstance(value, str) or not value:
             return value
         what, or_name = marked.groups()
-        if what == "model":
-            return self._located_model(value, folder, or_name)
-        if or_name and not (value.startswith((".", "/", "~")) or Path(value).suffix in DATA_SUFFIXES):
-            return value
-        path = Path(folder, Path(value).expanduser()).resolve()
-        if not (path.is_file() if what == "file" else path.is_dir()):
+        try:
+            if what == "model":
+                return self._located_model(value, folder, or_name)
+            if or_name and not (value.startswith((".", "/", "~")) or Path(value).suffix in DATA_SUFFIXES):
+                Path(folder, value).exists()  # refused here where no file could be called so
+                return value
+            path = Path(folder, Path(value).expanduser()).resolve()
+            there, value = path.is_file() if what == "file" else path.is_dir(), strict(str(path))
+        except (OSError, ValueError, RuntimeError) as error:  # no model, a null, too long, ~ of nobody, a ring of links
+            said = error if isinstance(error, ModelError) else f"{shown(value)} can be no {what}: {error}"
+            raise ParameterError(f"parameter {self.name}: {said}") from None
+        if not there:
             raise ParameterError(f"parameter {self.name}: there is no {what} {path}")
-        return str(path)
+        return value
 
     def _located_model(self, value, folder, or_name):
         name, at, layer = value.partition("@") if or_name else (value, "", "")
-        if or_name and not Path(folder, name).is_dir():
+        if or_name and not Path(folder, Path(name).expanduser()).is_dir():
             return value
-        try:
-            place = locate_model(name, folder)
-        except ModelError as error:
-            raise ParameterError(f"parameter {self.name}: {error}") from None
+        place = locate_model(name, folder)
         embedded = name in embedded_models()  # goes by its name, which rows and captions show
-        return f"{place.resolve()}{at}{layer}" if isinstance(place, Path) and not embedded else value
-
-
-def convert(value, kind):
-    """Read a value, or the string a shell passes for it, as a type named by an annotation.
-
-    Raises ValueError, TypeError or SyntaxError when it does not fit: 2.5 and True are no int, 1 is a float.
-    """
-    if optional := re.fullmatch(r"Optional\[(.+)\]", kind):
-        return None if value in (None, "None") else convert(value, optional.group(1))
-    text = isinstance(value, str)
-    if kind == "str":
-        fits = text
-    elif kind == "bool":
-        if text:
-            value = {"true": True, "false": False}.get(value.lower(), value)
-        fits = isinstance(value, bool)
-    elif kind == "int":
-        value = int(value) if text else value
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    elif kind == "float":
-        fits = text or (isinstance(value, int | float) and not isinstance(value, bool))
-        value = float(value) if fits else value
-    elif kind == "dict":
-        value = _mapping(value) if text else value
-        fits = isinstance(value, dict)
-    elif named := re.fullmatch(r"(?:list|List)(?:\[(.+)\])?", kind):
-        if text:  # [1, 2] or 1,2
-            value = ast.literal_eval(value) if value.strip().startswith("[") else _split(value)
-        fits = isinstance(value, list | tuple)
-        if fits:
-            value = [convert(item, named.group(1)) if named.group(1) else item for item in value]
-    else:
-        raise TypeError(f"a parameter cannot be annotated {kind}")
-    if not fits:
-        raise TypeError(f"{value!r} is no {kind}")
-    return value
-
-
-def _mapping(text):
-    """As Python or as JSON writes it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return ast.literal_eval(text)
-
-
-def _split(text):
-    return [item.strip() for item in text.split(",") if item.strip()]
+        return strict(f"{place.resolve()}{at}{layer}") if isinstance(place, Path) and not embedded else value
 
 
 def papermill_path(path):
@@ -168,7 +129,10 @@ def declared(path) -> dict[str, Parameter]:
     path = Path(path)
     cell = _parameters_cell(path)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # what it would warn of is an error below
-    seen = papermill.inspect_notebook(papermill_path(path))
+    try:
+        seen = papermill.inspect_notebook(papermill_path(path))
+    except ValueError as error:  # it names no kernel
+        raise ParameterError(f"{path}: papermill cannot read it: {error}") from None
     parameters = {}
     for name, (annotation, value) in _assignments(cell, path).items():
         if name not in seen:
@@ -178,7 +142,7 @@ def declared(path) -> dict[str, Parameter]:
             )
         try:
             default = ast.literal_eval(value)
-        except ValueError:
+        except (ValueError, TypeError):
             default = UNKNOWN
         kind = annotation or type(default).__name__
         words = " ".join(filter(None, [seen[name]["help"], *_comments_below(cell.source, value.end_lineno)]))
@@ -203,6 +167,8 @@ def checked(path, given: Mapping[str, object]) -> dict[str, object]:
 
 def fitted(path, parameters: Mapping[str, Parameter], given: Mapping[str, object]) -> dict[str, object]:
     """As `checked`, for the parameters that the notebook at `path` is known to declare."""
+    if not isinstance(given, Mapping):
+        raise ParameterError(f"{path}: parameters are given as a dict, name -> value, not as {shown(given)}")
     check_names(path, parameters, given)
     values = {}
     for name, parameter in parameters.items():
@@ -210,15 +176,18 @@ def fitted(path, parameters: Mapping[str, Parameter], given: Mapping[str, object
             values[name] = parameter.located(parameter.convert(given[name]), Path.cwd())
         else:
             parameter.located(parameter.default, Path(path).parent)
+    if len(json.dumps(values)) > LONGEST:
+        raise ParameterError(f"the parameters of {path} are longer than {LONGEST} characters: write them to a file")
     return values
 
 
 def check_names(path, parameters: Mapping[str, Parameter], given: Iterable[str]) -> None:
     """ParameterError, with the nearest name and a list of all, for a name that the notebook does not declare."""
-    if unknown := [name for name in given if name not in parameters]:
+    if unknown := [name for name in given if type(name) is not str or name not in parameters]:
         listing = "".join(f"\n  {p}" for p in parameters.values()) or " none"
+        named = (name if type(name) is str and name.isidentifier() else shown(name) for name in unknown)
         meant = nearest(unknown[0], list(parameters))
-        raise ParameterError(f"{path} has no parameter {', '.join(unknown)}{meant}; its parameters:{listing}")
+        raise ParameterError(f"{path} has no parameter {', '.join(named)}{meant}; its parameters:{listing}")
 
 
 def _parameters_cell(path):
@@ -260,6 +229,9 @@ def _check_declaration(path, parameter):
     if not re.fullmatch(rf"{simple}|Optional\[{simple}\]", kind):
         raise ParameterError(f"{path}: parameter {name} cannot be of type {kind}; the types are {', '.join(TYPES)}")
     if default is not None and default is not UNKNOWN:
+        word = parameter.allowed is not None and default in parameter.allowed.words
+        if isinstance(default, str) and "str" not in kind and not word:
+            raise ParameterError(f"{path}, the default: parameter {name}: {default!r} is no {kind} ({parameter})")
         try:
             parameter.convert(default)
         except ParameterError as error:

@@ -16,7 +16,7 @@ import nbformat
 import nbkit
 from nbkit import paths
 from nbkit.records import embedded
-from nbkit.records.files import write_atomically
+from nbkit.records.files import states, write_atomically
 from nbkit.records.provenance import code_version, digest, files_digest, now
 from nbkit.records.runs import SETTING
 
@@ -50,8 +50,8 @@ def keep_record(copy, record) -> None:
 def is_finished(copy, record) -> bool:
     """Whether there is a complete copy of exactly that run."""
     try:
-        return json.loads(Path(copy).read_text(encoding="utf-8"))["metadata"].get(FIELD) == record
-    except (FileNotFoundError, ValueError, KeyError):  # not there, or no notebook: it is run, and written anew
+        return json.loads(Path(copy).read_text(encoding="utf-8"))["metadata"][FIELD] == record
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or no copy: it is written anew
         return False
 
 
@@ -66,8 +66,8 @@ def run_named(name, path, known, values, figures) -> Iterator[None]:
     settings = {SETTING: json.dumps(run, default=str), "NBKIT_FIGURES": str(Path(figures).resolve())}
     for setting in PATHS:
         if value := os.environ.get(setting):
-            path = Path(value).expanduser().resolve()
-            settings[setting] = str(path) if path.exists() or setting != "NBKIT_STYLE" else value  # or a style's name
+            place = Path(value).expanduser().resolve()
+            settings[setting] = str(place) if place.exists() or setting != "NBKIT_STYLE" else value  # or a style's name
     before = {setting: os.environ.get(setting) for setting in settings}
     os.environ.update(settings)
     try:
@@ -96,8 +96,7 @@ def _state(value, folder) -> list:
     name = value.partition("@")[0]
     of_project: Mapping[str, str] = {**embedded.REQUESTS, **embedded.TEXTS}
     if name in of_project:
-        place = paths.DATA / of_project[name]
-    else:
-        place = paths.DATA / "models" / name if name in embedded.embedded_models() else Path(folder, name)
-    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return [[str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return states(paths.DATA / of_project[name])
+    if name in embedded.embedded_models():
+        return states(paths.DATA / "models" / name)
+    return states(Path(folder, Path(name).expanduser()))

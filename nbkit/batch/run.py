@@ -3,51 +3,33 @@
     run_notebook("notebooks/01_single_edit_collapse.ipynb", {"n_requests": 50})
 
 Everything that can be refused is refused before a kernel starts (nbkit/parameters.py says what); a failure names the
-cell. The executed copy of a run goes to runs/NOTEBOOK/NOTEBOOK--name=value.ipynb, its figures to the folder of that
-name beside it. While the notebook runs it is called ....partial.ipynb, and after a failure ....failed.ipynb, so that a
-plain name always means a complete run.
+cell. The executed copy of a run goes to runs/NOTEBOOK/NOTEBOOK--name=value.ipynb (copies.py), its figures to the folder
+of that name beside it.
 """
 
 import glob
-import hashlib
-import json
 import os
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 import papermill
-from ipykernel.kernelspec import get_kernel_dict
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from nbkit import paths
+from nbkit.batch.copies import copy_folder, copy_name, own_partial, writable
+from nbkit.batch.kernels import START_SECONDS, Kernel
 from nbkit.batch.parameters import declared, fitted, papermill_path
 from nbkit.batch.record import keep_record, record_of, run_named
+from nbkit.batch.values import shown
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 
 NOTEBOOKS = paths.ROOT / "notebooks"
-LONGEST_NAME = 120  # characters of a file name before a hash stands for the rest
-START_SECONDS = 180  # for a kernel to start; a busy machine takes its time
-STOP_SECONDS = 30.0  # for an interrupted kernel to write what it has computed
-
-
-class OwnKernel(AsyncKernelManager):
-    """Starts the Python that runs this process, whatever kernels named "python3" are registered for the user."""
-
-    def __init__(self, **options):
-        super().__init__(shutdown_wait_time=STOP_SECONDS, transport_encryption="auto", **options)
-
-    @property
-    def kernel_spec(self):
-        return KernelSpec(**get_kernel_dict())
 
 
 def find_notebook(name) -> Path:
@@ -55,10 +37,13 @@ def find_notebook(name) -> Path:
 
     Raises ParameterError when there is none, or more than one.
     """
-    alike = sorted(NOTEBOOKS.glob(f"{glob.escape(str(name))}*.ipynb")) if Path(name).name == str(name) else []
-    for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb", *(alike if len(alike) == 1 else [])):
-        if path.is_file():
-            return path
+    try:
+        alike = sorted(NOTEBOOKS.glob(f"{glob.escape(str(name))}*.ipynb")) if Path(name).name == str(name) else []
+        for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb", *(alike if len(alike) == 1 else [])):
+            if path.is_file():
+                return path
+    except (OSError, TypeError) as error:  # too long for a file, or no text and no path
+        raise ParameterError(f"{shown(name)} can be no notebook: {error}") from None
     present = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
     raise ParameterError(f"there is no notebook {name}; notebooks/ holds: {present or 'none'}")
 
@@ -75,14 +60,9 @@ def run_notebook(
     """
     path = find_notebook(path).resolve()
     known = declared(path)
-    values = fitted(path, known, parameters or {})
+    values = fitted(path, known, {} if parameters is None else parameters)
     copy = writable(copy_folder(path, out_dir)) / copy_name(path.stem, values)
     return execute(path, known, values, copy, progress, figures=figures)
-
-
-def copy_folder(path, out_dir=None) -> Path:
-    """Where the executed copies of a notebook go."""
-    return Path(out_dir or paths.RUNS) / path.stem
 
 
 def execute(path, known, values, copy, progress=True, kernel=None, figures=None) -> Path:
@@ -91,38 +71,53 @@ def execute(path, known, values, copy, progress=True, kernel=None, figures=None)
     known: the parameters that the notebook declares.
     kernel: a `kept.KeptKernel` to run in; a new one that ends with the run when None. figures: as in `run_notebook`.
     """
-    partial, failed = copy.with_suffix(".partial.ipynb"), copy.with_suffix(".failed.ipynb")
+    failed = copy.with_suffix(".failed.ipynb")
     bar = {"desc": path.stem, "leave": False, "disable": None, "position": 1} if progress else False
     record = record_of(path, known, values)
-    failure = None
     try:
-        with run_named(copy.stem, path, known, values, figures or copy.with_suffix("")):
+        with own_partial(copy) as partial:
+            failure = _executed(path, copy, partial, known, values, bar, kernel, figures)
+            if failure is not None and not partial.exists():
+                raise NotebookError(failure)
+            if failure is not None:
+                os.replace(partial, failed)
+                raise NotebookError(f"{failure}\n  the copy up to there: {failed}")
+            keep_record(partial, record)
+            os.replace(partial, copy)
+        for earlier in (failed, copy.with_suffix(".partial.ipynb")):  # of runs with the same parameters
+            earlier.unlink(missing_ok=True)
+    except ResultsError:
+        raise
+    except OSError as error:
+        raise ResultsError(f"{copy} could not be written: {error}") from error
+    return copy
+
+
+def _executed(path, copy, partial, known, values, bar, kernel, figures) -> str | None:
+    """Executes the notebook to `partial`; what failed, None if nothing did."""
+    try:
+        with (
+            run_named(copy.stem, path, known, values, figures or copy.with_suffix("")),
+            Kernel(path.parent) if kernel is None else nullcontext(kernel) as running,
+        ):
             papermill.execute_notebook(
                 papermill_path(path),
                 papermill_path(partial),
                 parameters=values,
                 kernel_name="python3",
                 language="python",
-                **({"kernel_manager_class": OwnKernel} if kernel is None else {"km": kernel.ready()}),
+                km=running.ready(),
                 start_timeout=START_SECONDS,
                 progress_bar=bar,
                 cwd=path.parent,
             )
     except PapermillExecutionError as error:
-        failure = describe(path, partial, f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
+        return describe(path, partial, f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
     except DeadKernelError:
-        failure = describe(path, partial, "the kernel died (out of memory, or killed)")
+        return describe(path, partial, "the kernel died (out of memory, or killed)")
     except RuntimeError as error:  # what jupyter_client raises for a kernel that does not come up
-        failure = describe(path, partial, f"the kernel did not start: {error}")
-    except OSError as error:
-        raise ResultsError(f"{partial} could not be written: {error}") from error
-    if failure is not None:
-        os.replace(partial, failed)
-        raise NotebookError(f"{failure}\n  the copy up to there: {failed}")
-    failed.unlink(missing_ok=True)  # of an earlier run with the same parameters
-    keep_record(partial, record)
-    os.replace(partial, copy)
-    return copy
+        return describe(path, partial, f"the kernel did not start: {error}")
+    return None
 
 
 def run_all(
@@ -146,38 +141,6 @@ def run_all(
     return failures
 
 
-def copy_name(stem, values) -> str:
-    """A file name that says notebook and parameters; a hash is added where it cannot say them all.
-
-    >>> copy_name("01_collapse", {"seed": 1, "methods": ["rome"]})
-    '01_collapse--seed=1--methods=rome.ipynb'
-    """
-    texts = {name: v if isinstance(v, list) else [v] for name, v in values.items()}
-    whole = "--".join([stem, *(f"{name}={','.join(map(str, v))}" for name, v in texts.items())])
-    short = "--".join([stem, *(f"{name}={','.join(map(_last_part, v))}" for name, v in texts.items())])
-    shown = re.sub(r"[^\w.,=+-]", "_", short)
-    if shown != whole or len(shown) > LONGEST_NAME:
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-        shown = f"{shown[:LONGEST_NAME]}--{digest}"
-    return f"{shown}.ipynb"
-
-
-def _last_part(value) -> str:
-    """A value as a file name can say it: of a path what it is called."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
-
-
-def writable(folder) -> Path:
-    """The folder, made if missing; ResultsError when no file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"probe")
-    except OSError as error:
-        raise ResultsError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
-    return folder
-
-
 def describe(path, executed, what) -> str:
     """One failure as text: which cell of the notebook, how it begins, and what happened there.
 
@@ -185,7 +148,7 @@ def describe(path, executed, what) -> str:
     one that started; papermill adds a cell with the parameters, and marks a failure by two cells of its own.
     """
     added = ("injected-parameters", "papermill-error-cell-tag")
-    cells = nbformat.read(executed, as_version=4).cells
+    cells = nbformat.read(executed, as_version=4).cells if executed.exists() else []
     own = [c for c in cells if not set(added) & set(c.metadata.get("tags", []))]
     started = [(n, c) for n, c in enumerate(own, 1) if c.metadata.get("papermill", {}).get("start_time")]
     if not started:

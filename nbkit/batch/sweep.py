@@ -7,8 +7,8 @@ once; a combination whose executed copy is there, made by the same notebook, par
 again, so that a sweep that was broken off goes on. One that fails does not stop the others.
 """
 
-import csv
 import itertools
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,10 @@ from nbkit.batch.kept import KeptKernel
 from nbkit.batch.parameters import Parameter, check_names, declared, fitted
 from nbkit.batch.record import is_finished, record_of
 from nbkit.batch.run import copy_folder, copy_name, execute, find_notebook, writable
+from nbkit.batch.values import shown
 from nbkit.errors import NotebookError, ParameterError
+
+BETWEEN_COMMAS = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?=,|\Z)|(?!\s*")([^,]*)')
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def sweep(path, grid: Mapping[str, Sequence], out_dir=None, again=False, progres
     """
     path = find_notebook(path).resolve()
     known = declared(path)
+    if not isinstance(grid, Mapping):
+        raise ParameterError(f"{path}: a grid is given as a dict, name -> list of values, not as {shown(grid)}")
     check_names(path, known, grid)
     runs = {}
     for values in combinations(known, grid):
@@ -82,8 +87,8 @@ def _one(path, known, values, copy, again, progress, kernel) -> Combination:
 def combinations(known: Mapping[str, Parameter], grid: Mapping[str, Sequence]) -> list[dict[str, object]]:
     """Every combination of a grid's values, those of models varying slowest; ParameterError for a name without any."""
     for name, values in grid.items():
-        if isinstance(values, str) or not len(values):
-            raise ParameterError(f"parameter {name}: give a list of one or more values to take, not {values!r}")
+        if not isinstance(values, list | tuple | range) or not values:
+            raise ParameterError(f"parameter {name}: give a list of one or more values to take, not {shown(values)}")
     models_first = sorted(grid, key=lambda name: not (known[name].place and known[name].place.group(1) == "model"))
     return [dict(zip(models_first, some, strict=True)) for some in itertools.product(*(grid[n] for n in models_first))]
 
@@ -91,14 +96,26 @@ def combinations(known: Mapping[str, Parameter], grid: Mapping[str, Sequence]) -
 def grid_of(path, pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """The grid that a command line's (name, text) mean.
 
-    A text holds the values of a number, a word or a truth value with commas between them (`"a, b",c` are two); of a
-    list or a dict it is one value, as in `run`. A name that comes again adds its values.
+    A text holds the values of a number, a word or a truth value with commas between them (`"a, b",c` are two; a quote
+    within quotes is written twice); of a list or a dict it is one value, as in `run`. A name that comes again adds its
+    values.
     """
     known = declared(find_notebook(path))
     check_names(path, known, [name for name, _ in pairs])
     grid: dict[str, list[str]] = {}
     for name, text in pairs:
         whole = known[name].kind.removeprefix("Optional[").lower().startswith(("list", "dict"))
-        values = [text] if whole else [value.strip() for value in next(csv.reader([text], skipinitialspace=True), [])]
-        grid.setdefault(name, []).extend(values)
+        grid.setdefault(name, []).extend([text] if whole else _between_commas(name, text))
     return grid
+
+
+def _between_commas(name, text) -> list[str]:
+    values, end = [], -1
+    while text and end < len(text):
+        found = BETWEEN_COMMAS.match(text, end + 1)
+        if found is None:
+            raise ParameterError(f"parameter {name}: in {shown(text)} a quote has no end, or no comma behind it")
+        quoted, bare = found.groups()
+        values.append(bare.strip() if quoted is None else quoted.replace('""', '"'))
+        end = found.end()
+    return values

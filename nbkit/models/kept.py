@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.files import states
 
 SETTING = "NBKIT_KEEP_MODELS"
 
@@ -35,8 +36,7 @@ _lent: dict[tuple, tuple[weakref.ref, PreTrainedTokenizerBase, str]] = {}
 
 def state_of(place: Path | str) -> tuple:
     """Names, sizes and times of a local folder's files: a model that was trained on is another one."""
-    files = sorted(file for file in place.rglob("*") if file.is_file()) if isinstance(place, Path) else []
-    return (str(place), *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    return (str(place), *(states(place) if isinstance(place, Path) else ()))
 
 
 def take(key: tuple, name: str, side: Any) -> LanguageModel | None:

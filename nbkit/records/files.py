@@ -1,7 +1,8 @@
-"""Write a file whole or not at all."""
+"""Write a file whole or not at all; tell whether a folder can be written, and a file has changed."""
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,3 +34,24 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def prove_writable(folder: Path) -> None:
+    """OSError unless a file can be written in a folder that is there; none is left behind."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"probe")
+
+
+def states(place: str | Path) -> list[tuple[str, int, int]]:
+    """Name below `place`, size in bytes and time of change in ns of a file, or of every file of a folder, by name.
+
+    `~` is the home of the user. What is not there has no states, and a file that is deleted meanwhile none.
+    """
+    place = Path(place).expanduser()
+    found = []
+    for path in [place] if place.is_file() else sorted(place.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            if path.is_file():
+                found.append((path.relative_to(place).as_posix(), state.st_size, state.st_mtime_ns))
+    return found

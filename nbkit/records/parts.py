@@ -36,7 +36,10 @@ def write_part(folder: Path, units: Mapping[str, Sequence[Mapping]], schema: pa.
 
 
 def read_part(path: Path) -> tuple[dict[str, list[dict]], pa.Schema]:
-    """The rows of each unit, in order, and their schema; ResultsError where a single bit is not what was written."""
+    """The rows of each unit, in order, and their schema.
+
+    ResultsError where a single bit is not what was written; FileNotFoundError where there is no such file any more.
+    """
     try:
         content = path.read_bytes()
         name = NAME.fullmatch(path.name)
@@ -45,6 +48,8 @@ def read_part(path: Path) -> tuple[dict[str, list[dict]], pa.Schema]:
         table = pq.read_table(pa.BufferReader(content))
         rows = table.drop_columns(["unit", "row"])
         units = table.column("unit").to_pylist()
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ResultsError(f"{path} is damaged ({error}): delete it to have its rows computed again") from error
     by_unit: dict[str, list[dict]] = {}

@@ -100,7 +100,10 @@ class Study:
             raise ResultsError(f"{path} holds another key than its folder's name says: delete the folder")
 
     def _read(self, part: Path) -> None:
-        by_unit, schema = read_part(part)
+        try:
+            by_unit, schema = read_part(part)
+        except FileNotFoundError:  # deleted since it was listed: its rows are computed again
+            return
         for unit, unit_rows in by_unit.items():
             self._stored.setdefault(unit, unit_rows)  # two processes may both have computed it: the first one counts
         self._schema = self._joined(schema, str(part))
@@ -166,6 +169,8 @@ class Study:
 
     def _write(self) -> None:
         try:
+            if not (self.folder / "key.json").is_file():  # deleted since, and rows without their key could not be read
+                self._write_key()
             write_part(self.folder, self._unsaved, self._schema)
         except OSError as error:
             _kept[self.folder] = dict(self._unsaved)
@@ -265,11 +270,14 @@ class Study:
     def __enter__(self) -> Self:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "key.json", lambda file: file.write(_as_text(self.key).encode()))
+            self._write_key()
         except OSError as error:
             raise self._failure(error, "nothing was computed") from error
         return self
+
+    def _write_key(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "key.json", lambda file: file.write(_as_text(self.key).encode()))
 
     def __exit__(self, kind, error, traceback) -> None:
         if not (isinstance(error, ResultsError) and getattr(error, "study", None) is self):  # it has just failed

@@ -26,7 +26,8 @@ def note_units(folder: Path, units: Iterable[str]) -> None:
     if run is None:
         return
     path = folder / "runs" / f"{digest([run['run'], run['parameters']])}.json"
-    earlier = _read(path)["units"] if path.is_file() and _read(path)["started"] == run["started"] else []
+    noted = _read(path)
+    earlier = noted["units"] if noted is not None and noted["started"] == run["started"] else []
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {**run, "units": list(dict.fromkeys([*earlier, *units]))}
     held = json.dumps({**held, "checksum": digest(held)}, indent=1, ensure_ascii=False)
@@ -35,11 +36,12 @@ def note_units(folder: Path, units: Iterable[str]) -> None:
 
 def runs_of(folder: Path) -> list[dict[str, Any]]:
     """The runs noted in a study's folder; ResultsError for a damaged note."""
-    return [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+    noted = [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+    return [run for run in noted if run is not None]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A note without its checksum, which those that an earlier version wrote do not have."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """The note in a file, without its checksum, which those of an earlier version do not have; None where none is."""
     try:
         text = path.read_text(encoding="utf-8")
         run = json.loads(text)
@@ -47,6 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
         checksum = run.pop("checksum", None)
         if text != written or set(run) != NOTED or checksum not in (None, digest(run)):
             raise ValueError("its content is not that of its checksum")
+    except FileNotFoundError:
+        return None
     except (ValueError, AttributeError) as error:
         raise ResultsError(f"{path} is damaged ({error}): delete it, its run writes it anew") from error
     return run

@@ -92,8 +92,11 @@ def _studies(store: Store, name: str) -> list[Study]:
 
 
 def _runs(study: Study) -> list[dict]:
-    """The runs of its units, and an unknown one for units that no run asked for."""
-    runs = runs_of(study.folder)
+    """The runs of its units, and an unknown one for units that no run asked for.
+
+    A run is left out while it has none yet, and when the files of its rows have been deleted.
+    """
+    runs = [run for run in runs_of(study.folder) if any(map(study.done, run["units"]))]
     asked = {unit for run in runs for unit in run["units"]}
     rest = [unit for unit in study.units if unit not in asked]
     return [*runs, *([{**UNKNOWN, "units": rest}] if rest else [])]
