@@ -16,6 +16,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from nbkit.edits.door import verb
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import SecondMoments, second_moment
 from nbkit.models.language_model import LanguageModel
@@ -38,6 +39,7 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return product / (np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1))
 
 
+@verb
 def key_geometry(
     lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str] | None = None
 ) -> pd.DataFrame:
@@ -57,6 +59,7 @@ def key_geometry(
     return pd.DataFrame(rows)
 
 
+@verb
 def key_vectors(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -74,6 +77,7 @@ def key_vectors(
     return vectors
 
 
+@verb
 def split_half_agreement(
     lm: LanguageModel,
     layer: int,
@@ -142,6 +146,7 @@ def embed(
     return frame
 
 
+@verb
 def position_similarity(
     lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], n_positions: int = 12
 ) -> pd.DataFrame:

@@ -5,8 +5,7 @@
 
 import gc
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
+from nbkit.edits.interrupts import Guarded
 from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import free_memory
@@ -109,12 +109,14 @@ def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+class matmul_precision(Guarded):
     """Within this `with`, float32 products are computed as the row of `PRECISIONS` says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISIONS[precision][1])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+    def __init__(self, precision: str):
+        self.precision, self.before = PRECISIONS[precision][1], torch.get_float32_matmul_precision()
+
+    def begin(self) -> None:
+        torch.set_float32_matmul_precision(self.precision)
+
+    def end(self, error: BaseException | None) -> None:
+        torch.set_float32_matmul_precision(self.before)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from nbkit.edits.door import verb
 from nbkit.errors import NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.provenance import digest
@@ -21,6 +22,7 @@ from nbkit.studies.method_study import MethodStudy, by_digest, described, outcom
 EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
 
 
+@verb
 def single_edits(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from nbkit import paths
+from nbkit.edits.door import verb
 from nbkit.errors import NbkitError
 from nbkit.models.language_model import LanguageModel
 
@@ -28,6 +29,7 @@ def task_names(include_path: Path | str = TASKS) -> list[str]:
     return sorted(path.stem for path in Path(include_path).glob("*.yaml"))
 
 
+@verb
 def task_scores(
     lm: LanguageModel,
     tasks: Sequence[str] | None = None,
