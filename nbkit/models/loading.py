@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
-from nbkit.models import kept
+from nbkit.models import kept, saved
 from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
 from nbkit.records import embedded
 from nbkit.records.embedded import embedded_models
@@ -51,6 +51,8 @@ def load(
     "encoder" sees both ways (models/sides.py). Other models have a decoder only.
     """
     name = str(name)
+    if Path(name).is_dir():
+        _complete(Path(name))
     place = embedded.locate_model(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, str):
@@ -117,6 +119,16 @@ def _asked_once(name: str, revision: str | None) -> dict[str, bool]:
             ) from error
         return {"local_files_only": True}
     return {}
+
+
+def _complete(folder: Path) -> None:
+    try:
+        saved.complete(folder)
+    except OSError as error:
+        raise ModelError(
+            f"a model was being saved to {folder} when that was cut short, and its files cannot be moved to their "
+            f"places now ({error}); make the folder writable, or move what is in {folder / saved.WHOLE} there by hand"
+        ) from error
 
 
 def _origin(path: Path) -> str | None:
