@@ -1,8 +1,11 @@
 """Edits and edited models as files: what is read is what was written, or it is refused."""
 
+import functools
+import itertools
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,3 +343,75 @@ def test_a_save_that_breaks_off_leaves_the_old_checkpoint(tiny, tmp_path, monkey
         tiny.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert tiny.base_hash == clean
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_save_that_is_killed_between_any_two_moves_leaves_the_old_or_the_new(make_lm, tmp_path, monkeypatch, first):
+    """The old one is in many files and has edits beside it, the new one is in one and has none; or there is no old."""
+    old, new = make_lm("gpt2", dtype=torch.float32, seed=1), make_lm("gpt2", dtype=torch.float32)
+    known, states = new.hash, []
+    for place in itertools.count():
+        folder, left = tmp_path / str(place), iter(range(place))
+        if not first:
+            old.save(folder)
+            old.model.save_pretrained(folder, max_shard_size="30KB")
+            (folder / "model.safetensors").unlink()
+            save_edits([], folder / "nbkit_edits.safetensors", old)
+            (folder / "mine.txt").write_text("mine")
+
+        def killed(*arguments, left=left, done, **named):
+            if next(left, None) is None:
+                raise Killed
+            return done(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "rmdir"):
+                patch.setattr(Path, name, functools.partialmethod(killed, done=getattr(Path, name)))
+            try:
+                new.save(folder)
+                break
+            except Killed:
+                pass
+        assert new.hash == known, "the model in memory is what it was"
+        try:
+            read = load(folder, dtype="float32", device="cpu").model.state_dict()
+        except ModelError as error:
+            assert first and "holds no model" in str(error)
+            states.append(False)
+            continue
+        weights = (one.model.state_dict().items() for one in (old, new))
+        is_old, is_new = (all(torch.equal(weight, read[name]) for name, weight in items) for items in weights)
+        states.append(is_new)
+        assert is_old != is_new and (folder / "nbkit_edits.safetensors").exists() == is_old
+        assert (folder / "mine.txt").exists() != first and not (folder / ".saved").exists()
+    assert states == sorted(states) and {*states} == {False, True} and len(states) > 6
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"left": torch.ones(32, 2), "right": torch.ones(3, 48)},
+        {"left": torch.ones(32, 2), "right": torch.ones(2, 48, dtype=torch.float64)},
+        {"left": torch.ones(32, 2, dtype=torch.int64), "right": torch.ones(2, 48, dtype=torch.int64)},
+        {"left": torch.ones(32), "right": torch.ones(48)},
+        {"left": torch.ones(1, 32, 2), "right": torch.ones(1, 2, 48)},
+        {"matrix": torch.ones(32 * 48)},
+        {"matrix": torch.ones(32, 48, dtype=torch.bool)},
+        {"left": torch.ones(48, 2), "right": torch.ones(2, 32)},
+        {"matrix": torch.ones(48, 32)},
+    ],
+    ids=str,
+)
+def test_updates_that_do_not_multiply_fail_on_load(tiny, path, parts):
+    """Those that do, but are of another weight, too."""
+    good = low_rank() if len(parts) == 2 else Dense(low_rank().dense())
+    save_edits(Edit({tiny.weight_name(1): good}), path, tiny)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({f"0.{tiny.weight_name(1)}.{name}": tensor for name, tensor in parts.items()}, path, metadata)
+    with pytest.raises((ResultsError, ModelError), match=r"update of transformer.h.1.mlp.c_proj.weight is"):
+        load_edits(path, tiny)

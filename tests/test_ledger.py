@@ -1,12 +1,15 @@
 """Edits that stay until they are undone, and the bits that come back."""
 
 import gc
+import random
+import threading
 
 import pytest
 import torch
 
 import nbkit
 from nbkit.edits.edit import Edit
+from nbkit.edits.hashes import hash_of
 from nbkit.edits.overlays import applied, restoring, unedited
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import ModelError, PromptError
@@ -255,3 +258,180 @@ def test_an_error_inside_a_method_leaves_the_ledger_open(tiny, contexts):
         nbkit.edit(tiny, EditRequest("Vouda " * 100 + "{} is", "Ann", "Krela"), layer=1, context_templates=contexts)
     tiny.apply(edit_of(tiny, 0))
     assert tiny.n_applied == 1
+
+
+def laid(lm, edits):
+    """The bits of the unedited model with these edits on it, in this order, and no other way."""
+    with restoring(lm) as add:
+        for edit in edits:
+            add(edit)
+        return bits(lm)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_overlays_left_in_any_order_leave_what_the_others_added(make_lm, seed):
+    """Against the edits that remain, laid on the unedited model one after another."""
+    chance = random.Random(seed)
+    lm = make_lm("llama", dtype=[torch.float32, torch.bfloat16][seed % 2])
+    clean, lasting = bits(lm), edit_of(lm, 1, seed=99)
+    assert lm.hash
+    lm.apply(lasting)
+    began, kept = [], [(None, lasting)]
+    for step in range(40):
+        action = chance.choice(["begin", "add", "add", "leave", "set aside"])
+        if action == "begin" and len(began) < 4:
+            overlay = restoring(lm)
+            began.append((overlay, overlay.__enter__()))
+        elif action == "add" and began:
+            overlay, add = chance.choice(began)
+            edit = edit_of(lm, *chance.sample(range(3), 2), seed=step, dense=chance.random() < 0.5)
+            add(edit)
+            kept.append((overlay, edit))
+        elif action == "leave" and began:
+            overlay, _ = began.pop(chance.randrange(len(began)))
+            overlay.__exit__(None, None, None)
+            kept = [(own, edit) for own, edit in kept if own is not overlay]
+        elif action == "set aside":
+            with unedited(lm):
+                assert_same_bits(lm, clean)
+        assert lm.n_applied == len(kept)
+        state, now = bits(lm), lm.hash
+        with unedited(lm):
+            expected = laid(lm, [edit for _, edit in kept])
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+        assert now == hash_of(lm.model) and lm.base_hash == hash_of(make_lm("llama", dtype=lm.dtype).model)
+    for overlay, _ in began:
+        overlay.__exit__(None, None, None)
+    lm.undo()
+    assert_same_bits(lm, clean)
+    assert lm.n_applied == 0 and lm.hash == hash_of(lm.model) and not lm.unedited_weights
+
+
+def test_two_sequences_side_by_side(tiny, requests, contexts):
+    options = {"layer": 1, "v_num_grad_steps": 2, "context_templates": contexts, "progress": False}
+    before, unedited_hash = bits(tiny), tiny.hash
+    first, second = nbkit.edit_sequence(tiny, requests[:2], **options), nbkit.edit_sequence(tiny, requests, **options)
+    taken = [step for pair in zip(first, second, strict=False) for step in pair]
+    assert tiny.n_applied == 2 and len(taken) == 4, "the first has ended, and took its two out"
+    with unedited(tiny):
+        expected = laid(tiny, [taken[1].edit, taken[3].edit])
+    assert_same_bits(tiny, expected)
+    assert tiny.hash == hash_of(tiny.model) != unedited_hash
+    second.close()
+    assert_same_bits(tiny, before)
+    assert tiny.n_applied == 0 and tiny.hash == unedited_hash
+
+
+def test_a_sequence_that_the_collector_ends_is_not_taken_out_in_the_middle_of_a_verb(
+    tiny, requests, contexts, monkeypatch
+):
+    options = {"layer": 1, "v_num_grad_steps": 2, "context_templates": contexts, "progress": False}
+    before = bits(tiny)
+    cycle = [nbkit.edit_sequence(tiny, requests, **options)]
+    cycle.append(cycle)
+    next(cycle[0])
+    edited, expected = bits(tiny), nbkit.perplexity(tiny, ["Ann plays the harp"])
+    del cycle
+    read = tiny.logits
+
+    def collecting(*arguments, **named):
+        gc.collect()
+        assert_same_bits(tiny, edited)
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(tiny, "logits", collecting)
+    assert nbkit.perplexity(tiny, ["Ann plays the harp"]) == expected
+    assert_same_bits(tiny, before)
+    assert tiny.n_applied == 0 and tiny.hash == hash_of(tiny.model)
+
+
+def in_a_thread(work):
+    """What it returns or raises, in another thread."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="another")
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_model_in_use_is_refused_to_another_thread(tiny, requests, contexts):
+    options = {"layer": 1, "v_num_grad_steps": 2, "context_templates": contexts, "progress": False}
+    before, edit = bits(tiny), edit_of(tiny, 0)
+
+    def apply():
+        with applied(tiny, edit):
+            return "applied"
+
+    calls = {
+        "apply": lambda: tiny.apply(edit),
+        "undo": tiny.undo,
+        "applied": apply,
+        "hash": lambda: tiny.hash,
+        "perplexity": lambda: nbkit.perplexity(tiny, ["Ann plays the harp"]),
+        "edit": lambda: nbkit.edit(tiny, requests[0], **options),
+        "sequence": lambda: list(nbkit.edit_sequence(tiny, requests[:1], **options)),
+    }
+    steps = nbkit.edit_sequence(tiny, requests, **options)
+    next(steps)
+    for name, call in calls.items():
+        said = in_a_thread(call)
+        assert isinstance(said, ModelError) and "in use by the thread 'MainThread'" in str(said), name
+    edited = bits(tiny)
+    next(steps)
+    in_a_thread(steps.close)  # to end it is anyone's
+    assert_same_bits(tiny, before)
+    assert not torch.equal(edited[tiny.weight_name(1)], before[tiny.weight_name(1)])
+    assert in_a_thread(apply) == "applied" and tiny.n_applied == 0
+    assert in_a_thread(lambda: tiny.hash) == tiny.hash == hash_of(tiny.model)
+
+
+def test_two_threads_leave_the_weights_as_they_were(tiny):
+    """Both at once, again and again: one of them waits its turn in words."""
+    before, refused, done = bits(tiny), [], []
+
+    def work(layer):
+        for seed in range(60):
+            try:
+                with applied(tiny, edit_of(tiny, layer, seed=seed)):
+                    done.append(tiny.hash == hash_of(tiny.model))
+            except ModelError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(1,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(done) and len(done) + len(refused) == 120 and all("in use by the thread" in said for said in refused)
+    assert_same_bits(tiny, before)
+    assert tiny.n_applied == 0 and tiny.hash == hash_of(tiny.model)
+
+
+def test_a_remembered_hash_does_not_outlive_a_change_by_hand(tiny):
+    clean = tiny.hash
+    with torch.no_grad():
+        tiny.weight(0)[0, 0] += 1
+    changed = tiny.hash
+    assert changed == hash_of(tiny.model) != clean
+    with applied(tiny, edit_of(tiny, 0, 1)):
+        assert tiny.base_hash == changed
+        with torch.no_grad():
+            tiny.model.get_input_embeddings().weight[0, 0] += 1
+            tiny.weight(0)[0, 1] += 1  # of a weight that is about to be given back
+        outside = tiny.base_hash
+    assert tiny.hash == outside == hash_of(tiny.model) != changed
+
+
+def test_an_ended_sequence_takes_no_more(tiny):
+    with restoring(tiny) as add:
+        pass
+    with pytest.raises(ModelError, match="has ended"):
+        add(edit_of(tiny, 0))
+    assert tiny.n_applied == 0

@@ -15,6 +15,7 @@ from nbkit.keys.extract import token_keys
 from nbkit.keys.moments import second_moment, second_moments
 from nbkit.keys.solving import SecondMoments, factor
 from nbkit.keys.windows import Place, batches, chunks, windows
+from nbkit.models.hooks import replace, together
 
 
 class Corpus:
@@ -79,11 +80,12 @@ def test_it_is_the_mean_outer_product_of_the_keys(lm, texts, tolerance, batch_si
 
 def test_several_layers_come_from_one_pass(lm, texts, tolerance):
     n_passes = {layer: 0 for layer in range(lm.n_layers)}
-    for layer in n_passes:
-        lm.projection(layer).register_forward_pre_hook(
-            lambda *_, layer=layer: n_passes.update({layer: n_passes[layer] + 1})
-        )
-    moments = second_moments(lm, [1, 0], texts)
+
+    def counting(layer):
+        return lambda keys: n_passes.update({layer: n_passes[layer] + 1}) or keys
+
+    with together([replace(lm.projection(layer), counting(layer), "input") for layer in n_passes]):
+        moments = second_moments(lm, [1, 0], texts)
     assert n_passes == {0: 1, 1: 1, 2: 0}
     assert list(moments) == [1, 0] and type(moments) is dict
     for layer, C in moments.items():
@@ -150,7 +152,7 @@ def test_the_cache_is_named_by_all_that_determines_it(tiny, make_lm, texts, tmp_
 
     C = second_moment(tiny, 1, texts, cache=tmp_path)
     assert files() == 1
-    tiny.projection(0).forward = None  # a second pass would fail
+    tiny.logits = None  # a second pass would fail
     assert torch.equal(second_moment(tiny, 1, texts, cache=tmp_path), C)
     other = make_lm("gpt2")
     for n_files, (lm, layer, more) in enumerate(

@@ -14,6 +14,7 @@ in which a tensor is {"tensor": its name in the file}, an array {"array": name},
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import nbkit
 from nbkit.edits.edit import Edit
 from nbkit.edits.editable import EditableModel
 from nbkit.edits.tensor_files import reading_tensors, write_tensors
-from nbkit.edits.updates import Dense, LowRank
+from nbkit.edits.updates import Dense, LowRank, Update
 from nbkit.errors import ModelError, ResultsError
 from nbkit.records.requests import EditRequest
 
@@ -63,7 +64,7 @@ def load_edits(path: str | Path, lm: EditableModel | None) -> list[Edit]:
 
     ModelError if they are of another model than lm (unedited, in the same dtype: lm's own edits do not matter). None
     for lm reads them without that check, to look at them. ResultsError for a file that is missing, damaged or not of
-    edits.
+    edits, or with an update whose tensors do not multiply.
     """
     path = Path(path)
     with reading_tensors(path, "file of edits") as (tensors, content):
@@ -79,6 +80,9 @@ def load_edits(path: str | Path, lm: EditableModel | None) -> list[Edit]:
         )
     if lm is None:
         return edits
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            lm.weight_of(name, delta)
     return [dataclasses.replace(e, deltas={n: d.to(lm.device) for n, d in e.deltas.items()}) for e in edits]
 
 
@@ -101,7 +105,7 @@ def _record(edit: Edit, place: str, tensors: dict[str, Tensor]) -> dict[str, Any
 def _edit(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     return Edit(
         deltas={
-            name: KINDS[kind](**{part: tensors[at] for part, at in parts.items()})
+            name: _multiplying(KINDS[kind](**{part: tensors[at] for part, at in parts.items()}), name)
             for name, (kind, parts) in record["deltas"].items()
         },
         requests=tuple(EditRequest(**request) for request in record["requests"]),
@@ -109,6 +113,18 @@ def _edit(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
         hparams=_decoded(record["hparams"], tensors),
         info=_decoded(record["info"], tensors),
     )
+
+
+def _multiplying(delta: Update, name: str) -> Update:
+    parts = {field.name: getattr(delta, field.name) for field in dataclasses.fields(delta)}
+    shapes = [tuple(part.shape) for part in parts.values()]
+    fit = all(len(shape) == 2 for shape in shapes)
+    fit = fit and all(left[1] == right[0] for left, right in itertools.pairwise(shapes))
+    types = {part.dtype for part in parts.values()}
+    if not fit or len(types) > 1 or not next(iter(types)).is_floating_point:
+        what = ", ".join(f"{part} {tuple(tensor.shape)} {tensor.dtype}" for part, tensor in parts.items())
+        raise ValueError(f"its update of {name} is no matrix, and no product of matrices of one float type: {what}")
+    return delta
 
 
 def _put(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:

@@ -4,10 +4,9 @@ One pristine copy is kept of each weight that is touched. Undoing restores it an
 their order: the same sums as when they were applied, so the same bits. A weight less an update would keep the rounding.
 """
 
-from collections.abc import Collection, Sequence
+from functools import partial
 
 import pandas as pd
-import torch
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.editable import EditableModel, Overlay
@@ -22,28 +21,17 @@ class Ledger(Overlay):
         self._check_nothing_above(lm, "apply")
         if not isinstance(edit, Edit):
             raise ModelError(f"apply takes one Edit, not a {type(edit).__name__}; nbkit.edit gives a list of them")
-        before = list(self.edits)
-        try:
-            lay_over(lm, self, edit)
-        except BaseException:  # out of memory or interrupted half way through
-            self._recompute(lm, before, edit.deltas)
-            self._forget_unused()
-            raise
+        lay_over(lm, self, edit)
 
     def undo(self, lm: EditableModel, n: int = 1) -> list[Edit]:
         self._check_nothing_above(lm, "undo")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ModelError(f"undo takes the number of edits, from 1 on, not {n!r}")
-        if n > len(self.edits):
-            raise ModelError(f"cannot undo {n}: the number of edits applied to {lm.name} is {len(self.edits)}")
-        before, removed = list(self.edits), self.edits[-n:]
-        touched = {name for edit in removed for name in edit.deltas}
-        try:
-            self._recompute(lm, before[:-n], touched)
-        except BaseException:
-            self._recompute(lm, before, touched)
-            raise
-        self._forget_unused()
+        if n > len(self.laid):
+            raise ModelError(f"cannot undo {n}: the number of edits applied to {lm.name} is {len(self.laid)}")
+        turns = sorted(self.laid)[-n:]
+        removed = [self.laid[turn] for turn in turns]
+        lm.change(partial(lm.take_out, turns))
         return removed
 
     def history(self) -> pd.DataFrame:
@@ -61,22 +49,8 @@ class Ledger(Overlay):
         ]
         return pd.DataFrame(rows, columns=columns)
 
-    @torch.no_grad()
-    def _recompute(self, lm: EditableModel, edits: Sequence[Edit], names: Collection[str]) -> None:
-        """Makes the named weights what they are under `edits`, and these the ledger's."""
-        for name in names:
-            if name in self.below:
-                lm.model.get_parameter(name).copy_(self.below[name])
-                for edit in edits:
-                    if name in edit.deltas:
-                        lm.add_update(name, edit.deltas[name])
-        self.edits = list(edits)
-
-    def _forget_unused(self) -> None:
-        used = {name for edit in self.edits for name in edit.deltas}
-        self.below = {name: weight for name, weight in self.below.items() if name in used}
-
     def _check_nothing_above(self, lm: EditableModel, verb: str) -> None:
+        lm.check_thread()
         if len(lm.overlays) > 1:
             raise ModelError(
                 f"{verb} inside `with applied(...)` or a loop over `edit_sequence` would be taken back when that ends; "

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nbkit.edits.door import verb
 from nbkit.models.blocks import Wanted
 from nbkit.models.calls import projection_pass
 from nbkit.models.language_model import LanguageModel
@@ -32,6 +33,7 @@ class KeyPass:
     values: Float[Tensor, "*prompt d_model"]
 
 
+@verb
 def keys_and_values(
     lm: LanguageModel,
     prompts: Sequence[str],
@@ -62,6 +64,7 @@ def _whole_pass(
     return KeyPass(widened(torch.cat(keys)), widened(torch.cat(values)))
 
 
+@verb
 def keys(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -81,6 +84,7 @@ def keys(
     return all_keys
 
 
+@verb
 def keys_in_contexts(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -128,6 +132,7 @@ def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:
     return [template.replace("{}", request.prompt) for template in templates]
 
 
+@verb
 def token_keys(
     lm: LanguageModel, texts: Sequence[str], layer: int, batch_size: int = 64, padding: Padding = "right"
 ) -> list[Float[Tensor, "token d_mlp"]]:

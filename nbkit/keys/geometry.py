@@ -16,6 +16,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from nbkit.edits.door import verb
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import second_moment
 from nbkit.keys.solving import SecondMoments
@@ -39,6 +40,7 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return product / (np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1))
 
 
+@verb
 def key_geometry(
     lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str] | None = None
 ) -> pd.DataFrame:
@@ -58,6 +60,7 @@ def key_geometry(
     return pd.DataFrame(rows)
 
 
+@verb
 def key_vectors(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -75,6 +78,7 @@ def key_vectors(
     return vectors
 
 
+@verb
 def split_half_agreement(
     lm: LanguageModel,
     layer: int,
@@ -147,6 +151,7 @@ def embed(
     return frame
 
 
+@verb
 def position_similarity(
     lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], n_positions: int = 12
 ) -> pd.DataFrame:

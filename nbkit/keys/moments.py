@@ -12,7 +12,6 @@ of them than text that fills the context, so lines are better joined to document
 """
 
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbkit import paths
+from nbkit.edits.door import verb
 from nbkit.errors import MethodError, ModelError, PromptError, ResultsError
 from nbkit.keys.moments_cache import MomentsCache
 from nbkit.keys.windows import Place, Window, batches, chunks, windows
-from nbkit.models.hooks import capture, replace
+from nbkit.models.hooks import capture, replace, together
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
 from nbkit.records import embedded
@@ -37,6 +37,7 @@ LONG = 1024  # tokens: a batch has room for so many rows of a context, or of thi
 CHUNK = 4  # batches' worth of tokens whose windows are sorted by length together
 
 
+@verb
 def second_moment(
     lm: LanguageModel,
     layer: int,
@@ -50,6 +51,7 @@ def second_moment(
     return second_moments(lm, [layer], texts, n_tokens, batch_size, cache, progress)[layer]
 
 
+@verb
 def second_moments(
     lm: LanguageModel,
     layers: Sequence[int],
@@ -95,6 +97,7 @@ def second_moments(
     return {layer: moments[layer].to(lm.device) for layer in layers}
 
 
+@verb
 def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: bool = False) -> dict[int, Tensor]:
     """{layer: C} over the text that comes with the model, all of it; cached in `runs/moments`.
 
@@ -143,11 +146,11 @@ class _Sums:
         # Indices made here, because a GPU asked for the size of a Boolean mask makes the program wait for it.
         tokens = real.flatten().nonzero()[:, 0].to(lm.device)
         # Read as they pass and not captured, so that the keys of one layer at a time are held, not of all.
-        with ExitStack() as hooks:
-            for layer, total in self.totals.items():
-                add_keys = partial(_add_keys, total, tokens)
-                hooks.enter_context(replace(lm.projection(layer), add_keys, "input", shape=batch.shape))
-            hooks.enter_context(capture(lm.projection(max(self.totals)), "input", stop=True))
+        hooks = [
+            replace(lm.projection(layer), partial(_add_keys, total, tokens), "input", shape=batch.shape)
+            for layer, total in self.totals.items()
+        ]
+        with together([*hooks, capture(lm.projection(max(self.totals)), "input", stop=True)]):
             lm.logits(batch, keep=1)
         self.n_tokens += len(tokens)
 

@@ -44,6 +44,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
@@ -105,6 +106,7 @@ def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], s
     return in_order(batches_by_cost(settings, lengths, _requests_at_once(lm, asked, parameters), edits, "kn"))
 
 
+@verb
 def attributions(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],

@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nbkit.edits.door import in_use, verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring, unedited
 from nbkit.errors import MethodError
@@ -53,6 +54,7 @@ class Step:
         return request
 
 
+@verb
 def edit(
     lm: LanguageModel,
     requests: EditRequest | Sequence[EditRequest],
@@ -86,6 +88,7 @@ def edit(
     return METHODS[method].each(lm, requests, settings)
 
 
+@verb
 def edit_batch(
     lm: LanguageModel,
     requests: EditRequest | Sequence[EditRequest],
@@ -107,6 +110,7 @@ def edit_batch(
     return together(lm, requests, settings_for(lm, method, context_templates, second_moment, hparams, progress=bar))
 
 
+@verb
 def edit_sequence(
     lm: LanguageModel,
     requests: EditRequest | Sequence[EditRequest],
@@ -123,7 +127,8 @@ def edit_sequence(
     last step has those that are left.
 
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
-    restored bit for bit (if the iterator was kept under a name: once it is closed).
+    restored bit for bit (if the iterator was kept under a name: once it is closed, or collected; not in the middle of
+    a verb). Two loops side by side see each other's edits, and each takes out its own.
     """
     requests = as_requests(requests)
     check_number("per_step", per_step, whole=True, least=1)
@@ -136,9 +141,10 @@ def edit_sequence(
         with restoring(lm) as add:
             bar = tqdm(chunks, desc=f"{method}, in sequence", unit="edit", disable=not progress or len(chunks) < 2)
             for index, chunk in enumerate(bar):
-                here = dataclasses.replace(settings, earlier=tuple(earlier))
-                new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
-                add(new)
+                with in_use(lm):
+                    here = dataclasses.replace(settings, earlier=tuple(earlier))
+                    new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
+                    add(new)
                 earlier.append(new)
                 yield Step(index, chunk, new)
 

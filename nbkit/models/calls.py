@@ -1,14 +1,14 @@
 """How a model calls its blocks: what it gives them is noted, and what lies below or above them is left out."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nbkit.edits.interrupts import Guarded
 from nbkit.models.hooks import capture, instead
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
@@ -54,18 +54,14 @@ def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Te
         return lm.model(inputs_embeds=blank, position_ids=positions, use_cache=False).logits[:, 0]
 
 
-@contextmanager
-def _blocks_say(lm: LanguageModel, fn: Callable[..., Tensor]) -> Iterator[None]:
+def _blocks_say(lm: LanguageModel, fn: Callable[..., Tensor]) -> Guarded:
     """No block runs; the residual stream after it is `fn(block, *args, **kwargs)`."""
 
     def said(block: nn.Module, *args, **kwargs):
         hidden = fn(block, *args, **kwargs)
         return (hidden, None) if lm.architecture.block_gives_tuple else hidden
 
-    with ExitStack() as stack:
-        for layer in range(lm.n_layers):
-            stack.enter_context(instead(lm.block(layer), said))
-        yield
+    return instead(list(lm.model.get_submodule(lm.architecture.blocks)), said)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ good part of a small ΔW is lost or doubled when the sum is rounded. There the e
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -19,10 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad as with_zeros
 
 from nbkit.edits.edit import Edit
+from nbkit.edits.interrupts import Guarded
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
 from nbkit.models.blocks import Wanted, reading, with_value
 from nbkit.models.calls import to_logits
+from nbkit.models.hooks import after, together
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget, by_cost, in_batches
 from nbkit.models.prompts import pad
@@ -113,18 +114,14 @@ class Changes:
             states = states @ factor
         return states if bias is None else states + bias
 
-    @contextmanager
-    def added(self, lm: LanguageModel, modules: Iterable[str]) -> Iterator[None]:
+    def added(self, lm: LanguageModel, modules: Iterable[str]) -> Guarded:
         """Within this `with`, the modules' outputs are those of each edit's own weights; rows come edit by edit."""
 
         def hook(name, _module, args, output):
             states = args[0].reshape(self.n_edits, -1, args[0].shape[-1])
             return output + self.of(name, states).reshape(output.shape)
 
-        with ExitStack() as stack:
-            for name in modules:
-                stack.enter_context(lm.model.get_submodule(name).register_forward_hook(partial(hook, name)))
-            yield
+        return together([after(lm.model.get_submodule(name), partial(hook, name)) for name in modules])
 
     @staticmethod
     def bytes_each(lm: LanguageModel, edits: Sequence[Edit]) -> int:
@@ -143,11 +140,9 @@ class InWeights:
         self.n_edits, self.edit = 1, edit
         self.factors = dict.fromkeys(name.removesuffix(".weight") for name in edit.deltas)
 
-    @contextmanager
-    def added(self, lm: LanguageModel, _modules: Iterable[str]) -> Iterator[None]:
+    def added(self, lm: LanguageModel, _modules: Iterable[str]) -> Guarded:
         """As `Changes.added`, of all modules that the edit changes."""
-        with applied(lm, self.edit):
-            yield
+        return applied(lm, self.edit)
 
 
 def rounds(lm: LanguageModel) -> bool:

@@ -1,12 +1,13 @@
 """Text that the model goes on with by itself: greedy, until it ends the text or has said so many tokens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig
 
+from nbkit.edits.door import verb
+from nbkit.edits.interrupts import Guarded, swapped
 from nbkit.errors import PromptError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import by_cost, in_order
@@ -25,6 +26,7 @@ class Generated:
     ended: bool
 
 
+@verb
 @torch.no_grad()
 def generated(
     lm: LanguageModel, prompts: Sequence[str], max_tokens: int = 50, batch_size: int = 64, end: str | None = None
@@ -66,21 +68,16 @@ def _ends_of_text(lm: LanguageModel) -> list[int]:
     return sorted({end for end in (*of_model, lm.tokenizer.eos_token_id) if end is not None})
 
 
-@contextmanager
-def _plainly(lm: LanguageModel, max_tokens: int, ends: list[int]) -> Iterator[None]:
+def _plainly(lm: LanguageModel, max_tokens: int, ends: list[int]) -> Guarded:
     """Within this `with`, the model generates greedily. Its own settings, which `generate` takes for whatever a call
     does not say (penalties, sampling), are set aside."""
-    own = lm.model.generation_config
-    lm.model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
         pad_token_id=lm.tokenizer.pad_token_id,
         eos_token_id=ends or None,
     )
-    try:
-        yield
-    finally:
-        lm.model.generation_config = own
+    return swapped(lm.model, "generation_config", plain)
 
 
 def _read(lm: LanguageModel, prompt: list[int], said: list[int], ends: list[int], end: str | None) -> Generated:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.files import states
 
@@ -44,11 +45,18 @@ def take(key: tuple, name: str, side: Any) -> LanguageModel | None:
     found = _free.pop(key, None)
     if found is not None:
         lm = LanguageModel.wrap(found.model, found.tokenizer, name, side)
-        if lm.hash == found.hash:
+        if _unchanged(lm, found.hash):
             lend(key, lm)
             return lm
     _free.clear()
     return None
+
+
+def _unchanged(lm: LanguageModel, was: str) -> bool:
+    try:
+        return lm.hash == was
+    except ModelError:  # a hook that the run before left on it: it is loaded anew
+        return False
 
 
 def lend(key: tuple, lm: LanguageModel) -> None:

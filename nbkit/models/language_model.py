@@ -7,8 +7,6 @@
 """
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from nbkit.architectures import ARCHITECTURES, ENCODER_DECODERS, Architecture, Side
+from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.edit_files import save_edits
 from nbkit.edits.editable import EditableModel
+from nbkit.edits.interrupts import Guarded
 from nbkit.edits.ledger import Ledger
 from nbkit.errors import ModelError, ResultsError
-from nbkit.models import sides
+from nbkit.models import saved, sides
 from nbkit.models.rows import Batch
 from nbkit.records.bounds import shown
 
@@ -141,6 +141,7 @@ class LanguageModel(EditableModel):
         target_new, weights, update_norm ‖ΔW‖_F."""
         return self.ledger.history()
 
+    @verb
     def save(self, folder: str | Path) -> None:
         """Writes the model as it is, edits included, with its tokenizer, for `load(folder)` or transformers.
 
@@ -148,38 +149,29 @@ class LanguageModel(EditableModel):
         they stand by themselves in `nbkit_edits.safetensors` beside it (`nbkit.load_edits`; of the unedited model, so
         they are not to be applied to this one).
 
+        Whole or not at all: cut short, even by a kill, it leaves the old checkpoint or the new one for `load`.
+
         ModelError for a folder with anything but a checkpoint of the same kind, which is overwritten, and for weights
         that are NaN or infinite, which `load` would refuse. ResultsError if it cannot be written.
         """
         self.check_causal()
         folder = Path(folder)
-        _check_folder(folder, self.model.config.model_type)
         check_finite(self.model, self.name, "such a model is not loaded again")
-        edits = [edit for overlay in self.overlays for edit in overlay.edits]
-        config = vars(self.model.config)
-        # save_pretrained notes dtype and class in it, which would change the hash: save_edits asks for that below.
-        kept, _ = dict(config), self.base_hash
+        edits = [edit for _, _, edit in self.laid]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-                new = Path(temporary)
+            saved.complete(folder)
+            _check_folder(folder, self.model.config.model_type)
+            # save_pretrained notes dtype and class in the configuration, which would change the hash: save_edits asks
+            # for that inside, and is then told the remembered one.
+            _ = self.base_hash
+            with saved.writing(folder) as new, _as_it_is(self.model.config):
                 self.model.save_pretrained(new)
                 self.tokenizer.save_pretrained(new)
                 (new / ORIGIN).write_text(json.dumps({"origin": self.known_as}) + "\n", encoding="utf-8")
                 if edits:
-                    save_edits(edits, new / "nbkit_edits.safetensors", self)
-                # Moved, not written over: a model in memory may be mapped from the old file, and goes on reading it.
-                for old in (*folder.glob("model*.safetensors*"), *folder.glob("nbkit_edits.safetensors")):
-                    old.unlink()
-                for path in list(new.iterdir()):
-                    if (folder / path.name).is_dir():
-                        shutil.rmtree(folder / path.name)
-                    path.replace(folder / path.name)
+                    save_edits(edits, new / saved.EDITS, self)
         except (OSError, SafetensorError) as error:
             raise ResultsError(f"cannot write the model to {folder}: {error}") from error
-        finally:
-            config.clear()
-            config.update(kept)
 
     def logits(self, batch: Batch, keep: torch.Tensor | int = 0) -> torch.Tensor:
         """One plain forward pass without a cache: logits (row, position, vocabulary).
@@ -240,6 +232,18 @@ def check_model(lm: object) -> LanguageModel:
     if not isinstance(lm, LanguageModel):
         raise ModelError(f"a LanguageModel is needed, as nbkit.load gives it, not {shown(lm)}")
     return lm
+
+
+class _as_it_is(Guarded):
+    """What is noted in a configuration inside the `with` is gone behind it."""
+
+    def __init__(self, config):
+        self.noted = vars(config)
+        self.before = dict(self.noted)
+
+    def end(self, error: BaseException | None) -> None:
+        self.noted.clear()
+        self.noted.update(self.before)
 
 
 def architecture_of(config, name: str, side: Side = "decoder") -> Architecture:

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
-from nbkit.models import kept
+from nbkit.models import kept, saved
 from nbkit.models.checkpoint_files import (
     INDEX,
     check_config,
@@ -71,6 +71,8 @@ def load(
         check_text("revision", revision, ModelError)
     if not isinstance(trust_remote_code, bool):
         raise ModelError(f"trust_remote_code must be True or False, not {shown(trust_remote_code)}")
+    if Path(name).is_dir():
+        _complete(Path(name))
     place = embedded.locate_model(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(place, str):
@@ -162,6 +164,16 @@ def _check_index_of_hub(name: str, revision: str | None, local_files_only: bool)
     )  # fmt: skip
     if index is not None:
         check_shards(Path(index), here=False)
+
+
+def _complete(folder: Path) -> None:
+    try:
+        saved.complete(folder)
+    except OSError as error:
+        raise ModelError(
+            f"a model was being saved to {folder} when that was cut short, and its files cannot be moved to their "
+            f"places now ({error}); make the folder writable, or move what is in {folder / saved.WHOLE} there by hand"
+        ) from error
 
 
 def _origin(path: Path) -> str | None:

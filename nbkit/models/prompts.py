@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nbkit.edits.door import verb
 from nbkit.errors import ModelError, PromptError
 from nbkit.models.language_model import LanguageModel, check_model
 from nbkit.models.rows import Batch
@@ -144,6 +145,7 @@ def check_prefixes(prefix: str | Sequence[str], n: int) -> list[str]:
     return prefixes
 
 
+@verb
 @torch.no_grad()
 def context_templates(
     lm: LanguageModel,
@@ -184,6 +186,7 @@ def context_templates(
     return templates
 
 
+@verb
 def unseen_templates(lm: LanguageModel, seen: Sequence[str], seed: int = 1) -> list[str]:
     """Context templates as `context_templates` samples them, without the empty one, that are none of `seen`.
 

@@ -5,8 +5,7 @@
 
 import gc
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbkit import paths
+from nbkit.edits.interrupts import Guarded
 from nbkit.errors import ModelError
 from nbkit.models.devices import device_named
 from nbkit.models.language_model import LanguageModel
@@ -106,12 +106,14 @@ def _model(shape: str, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(SHAPES[shape].config(**SHAPES[shape].sizes), **options)
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+class matmul_precision(Guarded):
     """Within this `with`, float32 products are computed as the row of `PRECISIONS` says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISIONS[precision][1])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+    def __init__(self, precision: str):
+        self.precision, self.before = PRECISIONS[precision][1], torch.get_float32_matmul_precision()
+
+    def begin(self) -> None:
+        torch.set_float32_matmul_precision(self.precision)
+
+    def end(self, error: BaseException | None) -> None:
+        torch.set_float32_matmul_precision(self.before)

@@ -17,6 +17,7 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 
+from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit, as_edits
 from nbkit.edits.overlays import applied
 from nbkit.errors import RequestError
@@ -28,6 +29,7 @@ from nbkit.records.requests import EditRequest
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}  # weights of their entropies, CounterFact's
 
 
+@verb
 def generation_metrics(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

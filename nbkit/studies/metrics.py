@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit, as_edits
 from nbkit.errors import PromptError, RequestError
 from nbkit.keys.extract import widened
@@ -38,6 +39,7 @@ ROWS_IN_CACHE = 64  # of logits
 EDITS_AT_ONCE = 256  # whose token scores are kept at a time; how many run together is for memory to say
 
 
+@verb
 def perplexity(
     lm: LanguageModel,
     texts: Sequence[str],
@@ -157,6 +159,7 @@ def _log_normaliser(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"
     return torch.cat([part.logsumexp(-1) for part in parts])
 
 
+@verb
 def score_targets(
     lm: LanguageModel,
     prompts: Sequence[str],
@@ -188,6 +191,7 @@ def score_targets(
     )
 
 
+@verb
 def neighborhood_tokens(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[EditRequest, list[tuple[int, ...]]]:
     """The model's own first choices on every neighbourhood prompt, teacher-forced on its answer.
 
@@ -200,6 +204,7 @@ def neighborhood_tokens(lm: LanguageModel, requests: Sequence[EditRequest]) -> d
     return {request: [next(choices) for _ in _neighbors(request)] for request in requests}
 
 
+@verb
 def edit_metrics(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

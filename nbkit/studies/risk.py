@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from nbkit.edits.door import verb
 from nbkit.keys.extract import keys_in_contexts
 from nbkit.methods.rome import update_direction
 from nbkit.methods.verbs import SecondMomentLike, settings_for
@@ -23,6 +24,7 @@ from nbkit.records.requests import EditRequest
 MEASURED = ["denominator", "signed_denominator", "value_norm", "update_norm_bound", "risk"]
 
 
+@verb
 def collapse_risk(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

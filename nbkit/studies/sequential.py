@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from nbkit.edits.door import verb
 from nbkit.errors import RequestError
 from nbkit.methods.verbs import edit_sequence
 from nbkit.models.language_model import LanguageModel
@@ -21,6 +22,7 @@ from nbkit.studies import metrics as measure
 from nbkit.studies.method_study import MethodStudy, described, outcome_columns
 
 
+@verb
 def sequential_edits(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

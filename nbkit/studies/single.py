@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from nbkit.edits.door import verb
 from nbkit.errors import NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.lists import as_requests, as_texts
@@ -22,6 +23,7 @@ from nbkit.studies.method_study import MethodStudy, by_digest, check_arguments, 
 EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
 
 
+@verb
 def single_edits(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

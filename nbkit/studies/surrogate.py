@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nbkit.edits.door import verb
 from nbkit.edits.overlays import applied
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_number
@@ -22,6 +23,7 @@ from nbkit.studies import task_scores as tasks
 from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
 
 
+@verb
 def task_correlation(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

@@ -17,8 +17,9 @@ from pathlib import Path
 import pandas as pd
 
 from nbkit import paths
+from nbkit.edits.door import verb
 from nbkit.errors import MethodError, NbkitError
-from nbkit.models.language_model import LanguageModel, check_model
+from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_number, check_text
 from nbkit.records.lists import as_list
 
@@ -30,6 +31,7 @@ def task_names(include_path: Path | str = TASKS) -> list[str]:
     return sorted(path.stem for path in Path(include_path).glob("*.yaml"))
 
 
+@verb
 def task_scores(
     lm: LanguageModel,
     tasks: Sequence[str] | None = None,
@@ -43,7 +45,7 @@ def task_scores(
     a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and n.
     NbkitError for a task that neither has, naming the nearest.
     """
-    check_model(lm).check_causal()
+    lm.check_causal()
     check_tasks(tasks, limit, include_path)
     check_number("batch_size", batch_size, whole=True, least=1)
     for chatty in ("lm_eval", "transformers.modeling_utils"):  # in-process models; passes without a mask, padded right

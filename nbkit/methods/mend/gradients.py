@@ -1,7 +1,6 @@
 """Gradients token by token: of each text's own target, at the inputs and outputs of chosen modules, in one pass."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from nbkit.keys.extract import widened
 from nbkit.models.continuations import Continuation
-from nbkit.models.hooks import capture, replace
+from nbkit.models.hooks import capture, replace, together
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
 from nbkit.models.rows import Batch, marked
@@ -46,16 +45,17 @@ def token_gradients(
     Reads δ off zeros added to each module's output; nothing in the model is changed.
     """
     batch = pad(lm, [one.row for one in asked])
-    inputs, zeros = {}, {}
-    with torch.enable_grad(), ExitStack() as stack:
-        for name, (d_out, _) in shapes.items():
-            module = lm.model.get_submodule(name.removesuffix(".weight"))
-            zeros[name] = torch.zeros(*batch.shape, d_out, dtype=lm.dtype, device=lm.device, requires_grad=True)
-            inputs[name] = stack.enter_context(capture(module, "input", shape=batch.shape))
-            stack.enter_context(replace(module, lambda y, zero=zeros[name]: y + zero, shape=batch.shape))
+    modules = {name: lm.model.get_submodule(name.removesuffix(".weight")) for name in shapes}
+    zeros = {
+        name: torch.zeros(*batch.shape, d_out, dtype=lm.dtype, device=lm.device, requires_grad=True)
+        for name, (d_out, _) in shapes.items()
+    }
+    inputs = [capture(module, "input", shape=batch.shape) for module in modules.values()]
+    added = [replace(modules[name], zero.add, shape=batch.shape) for name, zero in zeros.items()]
+    with torch.enable_grad(), together(inputs) as kept, together(added):
         nll = target_nlls(lm, batch, asked)
         gradients = torch.autograd.grad(nll.sum(), list(zeros.values()))
-    u = {name: widened(kept.value.detach()) for name, kept in inputs.items()}
+    u = {name: widened(one.value.detach()) for name, one in zip(shapes, kept, strict=True)}
     delta = {name: widened(gradient) for name, gradient in zip(shapes, gradients, strict=True)}
     read = batch.attention_mask.bool()
     gives = {name: read & (u[name] != 0).any(-1) & (delta[name] != 0).any(-1) for name in shapes}

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.edits.checkpoints import Checkpoint
+from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.errors import RequestError
@@ -70,6 +71,7 @@ def train_to_file(lm: LanguageModel, recipe: MendRecipe, files: TrainingFiles, p
     return out
 
 
+@verb
 def train(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

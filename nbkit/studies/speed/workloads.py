@@ -1,7 +1,6 @@
 """What is measured: a model, requests and texts, and the work that every path does with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from nbkit.edits.edit import Edit
+from nbkit.edits.interrupts import Guarded, swapped
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError
@@ -112,14 +112,9 @@ def workload(
     return Workload(lm, requests, context_templates, texts, hparams)
 
 
-@contextmanager
-def whole_passes(lm: LanguageModel) -> Iterator[None]:
+def whole_passes(lm: LanguageModel) -> Guarded:
     """Within this `with`, the model is taken for one that cannot be replayed: all layers on all tokens."""
-    before, lm.replayable = lm.replayable, False
-    try:
-        yield
-    finally:
-        lm.replayable = before
+    return swapped(lm, "replayable", False)
 
 
 def edits_in_a_batch(work: Workload, n: int) -> int:
