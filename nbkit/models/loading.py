@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def load(
         check_text("revision", revision, ModelError)
     if not isinstance(trust_remote_code, bool):
         raise ModelError(f"trust_remote_code must be True or False, not {shown(trust_remote_code)}")
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # and not Path's, which fails for a name that no file can have
         _complete(Path(name))
     place = embedded.locate_model(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
