@@ -16,6 +16,7 @@ from miniworld.measures import SENTENCE, UNSEEN, edit_sweep, first_token_regime,
 from miniworld.train import CHECKPOINT_EVERY
 from miniworld.world import World
 from nbkit.architectures import Side
+from nbkit.methods.hparams import hyper_parameters
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import perplexity
@@ -133,6 +134,7 @@ def write_card(
         regime=markdown(first_token_regime(lm, requests, texts)),
         n_sweep=n_sweep,
         n_sweep_texts=N_TEXTS,
+        ridge=f"{hyper_parameters(lm, 'rome').second_moment_ridge:g}",
         rome=markdown(swept[swept["setting"] == "ROME"].drop(columns="setting")),
         rome_with_c=markdown(swept[swept["setting"] == "ROME with C"].drop(columns="setting")),
         c_rome=markdown(swept[swept["setting"] == "C-ROME"].drop(columns="setting")),
