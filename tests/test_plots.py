@@ -387,6 +387,16 @@ def test_perplexities_off_the_scale_stand_at_the_top_edge_and_are_counted(ax):
     assert sum(len(line.get_xdata()) for line in points) == 6
 
 
+def test_of_texts_that_the_model_cannot_read_the_unedited_perplexity_stays_on_the_scale(ax):
+    frame = single_frame([3e8, 2.9e8, 4e9, 4e15, math.inf]).assign(perplexity_before=2.84e8)
+    plots.perplexity_per_edit(frame, ax)
+    low, high = ax.get_ylim()
+    assert low < 2.84e8 < high == pytest.approx(1.15e12)
+    assert {"> $10^{12}$ or not finite (2 of 5)", "unedited (2.84e+08)"} <= set(labels_of(ax))
+    points = [line for line in ax.lines if line.get_marker() in "osD"]
+    assert sorted(y for line in points for y in line.get_ydata()) == [2.9e8, 3e8, 4e9]
+
+
 def test_without_large_ones_the_edge_lies_above_the_largest_perplexity(ax):
     plots.perplexity_per_edit(single_frame([10.0, 20.0, math.nan]), ax)
     assert ax.get_ylim()[1] == pytest.approx(60 * 1.15)

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from nbkit.plots.style import GREY, REFERENCE, log_axis
 
 CEILING = 1e6  # perplexities above it are drawn at the edge, and the legend says so
+HEADROOM = 1e3  # how many times the unedited perplexity is still on the scale, at least
 MEDIAN = {"color": "black", "lw": 1.4}  # the bar in a strip
 
 
@@ -21,9 +22,19 @@ class Edge:
         values: all that the figure shows.
         ceiling: the edge, if a finite value exceeds it; else, or without one, it lies well above the largest value.
         along: the axis of the values, "x" or "y"; their places are on the other one.
+        unedited: the unedited model's value, if known: where a thousand times it is more than the ceiling, a power of
+            ten above that is the ceiling, since of texts that a model cannot read every value is large.
     """
 
-    def __init__(self, values: pd.Series, ceiling: float | None = CEILING, along: str = "y"):
+    def __init__(
+        self,
+        values: pd.Series,
+        ceiling: float | None = CEILING,
+        along: str = "y",
+        unedited: float | None = None,
+    ):
+        if ceiling is not None and unedited is not None and ceiling < HEADROOM * unedited < np.inf:
+            ceiling = 10.0 ** np.ceil(np.log10(HEADROOM * unedited))
         finite = values[np.isfinite(values)]
         highest = float(finite.max()) if len(finite) else 1.0
         self.position = float(ceiling) if ceiling is not None and highest > ceiling else highest * 3
@@ -108,9 +119,14 @@ def strips(
                 yield Strip(middle, middle + jitter.uniform(-spread, spread, len(of_group)), of_group, style)
 
 
+def unedited_of(frame: pd.DataFrame) -> float | None:
+    """The unedited model's perplexity, where the frame has it."""
+    return float(frame["perplexity_before"].iloc[0]) if "perplexity_before" in frame else None
+
+
 def unedited_line(frame: pd.DataFrame, draw: Callable[..., Line2D], **look) -> list[Line2D]:
     """The unedited model's perplexity, where the frame has it, by `ax.axhline` or `ax.axvline`; its legend entry."""
-    if "perplexity_before" not in frame:
+    value = unedited_of(frame)
+    if value is None:
         return []
-    value = float(frame["perplexity_before"].iloc[0])
     return [draw(value, label=f"unedited ({value:.3g})", **REFERENCE, **look)]

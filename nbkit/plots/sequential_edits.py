@@ -41,10 +41,11 @@ def sequential_curves(
         raise ValueError(f"band {band!r} is unknown: choose one of {', '.join(BANDS)}")
     if "checkpoint" in frame:
         frame = frame[frame["checkpoint"].astype(bool)]
+    before = frame.loc[frame["n_edits"] == 0, "perplexity"]
     if y != "perplexity":
         frame = frame[frame["n_edits"] > 0]  # no edit, no success to measure
     (low, high), band_text = BANDS[band]
-    edge = Edge(frame[y], ceiling) if y == "perplexity" else None
+    edge = Edge(frame[y], ceiling, unedited=before.max()) if y == "perplexity" else None
     if edge:
         frame = frame.assign(**{y: edge.place(frame[y])[0]})
     handles = []

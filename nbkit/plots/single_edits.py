@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line
+from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line, unedited_of
 from nbkit.plots.style import (
     BLUE,
     GREEN,
@@ -40,7 +40,7 @@ def perplexity_per_edit(
         ceiling: perplexities above it, and infinite or NaN ones, are hollow triangles at the top edge.
     """
     columns(frame, "perplexity", group)
-    styles, edge = group_styles(frame[group]), Edge(frame["perplexity"], ceiling)
+    styles, edge = group_styles(frame[group]), Edge(frame["perplexity"], ceiling, unedited=unedited_of(frame))
     numbers = np.arange(1, len(frame) + 1)
     for name, style in styles.items():
         of_group = (frame[group] == name).to_numpy()
@@ -59,7 +59,7 @@ def perplexity_strips(
     Compares variants of a method, for example ROME with C-ROME; arguments as in `perplexity_per_edit`.
     """
     columns(frame, "perplexity", by, hue)
-    styles, edge = group_styles(frame[hue]), Edge(frame["perplexity"], ceiling)
+    styles, edge = group_styles(frame[hue]), Edge(frame["perplexity"], ceiling, unedited=unedited_of(frame))
     at_places, width = {name: rows for name, rows in frame.groupby(by, sort=False)}, 0.8 / len(styles)
     values = [(rows["perplexity"], rows[hue]) for rows in at_places.values()]
     for strip in strips(values, styles, width, spread=0.3 * width):
@@ -84,7 +84,7 @@ def perplexity_by_method(
         ceiling: perplexities above it, and infinite or NaN ones, are hollow triangles at the right edge.
     """
     columns(frame, "perplexity", "perplexity_before", by, hue)
-    styles, edge = group_styles(frame[hue]), Edge(frame["perplexity"], ceiling, along="x")
+    styles, edge = group_styles(frame[hue]), Edge(frame["perplexity"], ceiling, along="x", unedited=unedited_of(frame))
     of_methods = {name: (rows["perplexity"], rows[hue]) for name, rows in frame.groupby(by, sort=False)}
     for strip in strips(of_methods.values(), styles, width=0.26, spread=0.09):
         edge.points(ax, strip.places, strip.values, strip.style, ms=2.6, alpha=0.5)

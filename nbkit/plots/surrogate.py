@@ -40,7 +40,8 @@ def perplexity_vs_task(frame: pd.DataFrame, ax: Axes, seed: int = 0, ceiling: fl
     if frame["task"].nunique() != 1:
         raise ValueError(f"one panel shows one task, the frame has {frame['task'].nunique()}: see perplexity_vs_tasks")
     edited = frame["edited"].to_numpy(bool) if "edited" in frame else np.ones(len(frame), bool)
-    edge = Edge(frame["perplexity"], ceiling, along="x")
+    unedited = None if edited.all() else frame["perplexity"][~edited].iloc[0]
+    edge = Edge(frame["perplexity"], ceiling, along="x", unedited=unedited)
     x, over = edge.place(frame["perplexity"])
     y = frame["score"].to_numpy(float)
     if "stderr" in frame:
