@@ -1,29 +1,33 @@
 """A study that is killed anywhere, and run again, gives the table of one that was left alone, bit for bit.
 
-Its process is killed after a random time, in a fork so that nothing has to be loaded anew. NBKIT_KILLS sets how often,
-over all studies: `NBKIT_KILLS=50 python -m pytest tests/test_kills.py`.
+Its process is killed after a random time: in a fork, so that nothing has to be loaded anew, and as a notebook's run,
+whose driver, kernel or whole group of processes is killed. NBKIT_KILLS sets how often in each of the two, over all
+studies and all victims: `NBKIT_KILLS=50 python -m pytest tests/test_kills.py`.
 """
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import tiny_lm
 from tqdm.auto import tqdm
 
-from nbkit import studies
+from nbkit import paths, studies
 from nbkit.records import results
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import single
 
-KILLS = int(os.environ.get("NBKIT_KILLS", "9"))
+KILLS = int(os.environ.get("NBKIT_KILLS", 9))
+NOTEBOOK = paths.ROOT / "tests" / "notebooks" / "edits.ipynb"
 TEXTS = ["The river runs through Vouda and Sennifar.", "Ann plays the harp in Krela."]
 REQUESTS = [
     EditRequest(prompt, subject, target, target_true="harp", case_id=f"{prompt} {subject} {target}")
@@ -79,3 +83,74 @@ def test_a_killed_study_resumes_to_the_undisturbed_table(tmp_path, monkeypatch, 
         assert n_killed
     finally:
         torch.set_num_threads(n_threads)
+
+
+class Run:
+    """`python -m nbkit run` of the notebook of edits, in a group of its own, with its rows in a folder."""
+
+    def __init__(self, folder):
+        self.results = folder / "results"
+        settings = {"NBKIT_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
+        self.driver = subprocess.Popen(
+            [sys.executable, "-m", "nbkit", "run", str(NOTEBOOK)], env={**os.environ, **settings}, cwd=paths.ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def kernel(self) -> psutil.Process | None:
+        children = psutil.Process(self.driver.pid).children(recursive=True)
+        return next((child for child in children if "ipykernel_launcher" in child.cmdline()), None)
+
+    def wait_for_rows(self) -> bool:
+        """Until the first rows are stored; False where the run ended without any."""
+        while not any(self.results.rglob("part-*")):
+            if self.driver.poll() is not None:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def end(self) -> None:
+        assert self.driver.wait(timeout=300) == 0
+
+    def tables(self) -> list[pd.DataFrame]:
+        """The rows of each study in the order of their units, without what tells one run from another."""
+        found = []
+        for key in sorted(self.results.rglob("key.json")):
+            study = results.Study.stored(key.parent)
+            frame = study.frame(sorted(study.units))
+            found.append(frame.drop(columns=["created"]))
+        return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[list[pd.DataFrame], float]:
+    """The tables of a run that was left alone, and the seconds from its first rows to its end."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    assert run.wait_for_rows()
+    started = time.perf_counter()
+    run.end()
+    assert len(run.tables()) == 3
+    return run.tables(), time.perf_counter() - started
+
+
+LONG = pytest.mark.skipif("NBKIT_KILLS" not in os.environ, reason="long: set NBKIT_KILLS to how many")
+
+
+@pytest.mark.parametrize("victim", ["driver", pytest.param("kernel", marks=LONG), pytest.param("group", marks=LONG)])
+def test_a_run_that_is_killed_resumes_to_the_undisturbed_table(tmp_path, undisturbed, victim):
+    tables, seconds = undisturbed
+    rng = np.random.default_rng(0)
+    for trial in range(max(1, KILLS // 9)):
+        killed = Run(tmp_path / f"{victim} {trial}")
+        assert killed.wait_for_rows()
+        kernel = killed.kernel()
+        time.sleep(rng.uniform(0, seconds))
+        if victim == "group":
+            os.killpg(killed.driver.pid, signal.SIGKILL)
+        for process in [killed.driver] if victim == "driver" else [kernel]:
+            process.kill()
+        killed.driver.wait(timeout=60)
+        kernel.wait(timeout=60)  # which does not outlive its driver
+        again = Run(tmp_path / f"{victim} {trial}")
+        again.end()
+        for found, expected in zip(again.tables(), tables, strict=True):
+            pd.testing.assert_frame_equal(found, expected, check_exact=True)
