@@ -637,3 +637,10 @@ def test_files_that_change_are_told_by_their_states(tmp_path, monkeypatch):
     assert (name, size) == ("a.bin", 2)
     (tmp_path / "model/gone.bin").symlink_to("nowhere")  # as one deleted while the folder is read
     assert len(states(tmp_path / "model")) == len(states("~/model/a.bin")) == 1
+
+
+def test_a_kernel_that_runs_nothing_ends_without_a_word(tmp_path):
+    """An interrupt, as a busy one gets, would make an idle one tell of an error."""
+    code = "from nbkit.batch.kernels import Kernel\nwith Kernel('.') as kernel: kernel.ready()"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

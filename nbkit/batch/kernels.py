@@ -15,6 +15,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_core.utils import run_sync
 
 START_SECONDS = 180  # for a kernel to start; a busy machine takes its time
+PROBE_SECONDS = 1.0  # for a kernel that runs nothing to answer
 STOP_SECONDS = 30.0  # for an interrupted kernel to write what it has computed, and once more to end
 
 
@@ -48,21 +49,23 @@ class OwnKernel(AsyncKernelManager):
         if self.has_kernel and at_once:
             await self.signal_kernel(signal.SIGKILL)  # one that starts would tell of an interrupt in a traceback
         elif self.has_kernel:
-            await self.interrupt_kernel()
-            await self._idle()
+            if not await self._idle(PROBE_SECONDS):  # an idle one would tell of the interrupt as an error
+                await self.interrupt_kernel()
+                await self._idle(STOP_SECONDS)
             await self.request_shutdown()
         await self.finish_shutdown()
         await self.cleanup_resources()
         self.close_clients()
 
-    async def _idle(self):
-        """Waits until the kernel takes the next request, has died, or STOP_SECONDS are over."""
+    async def _idle(self, seconds: float) -> bool:
+        """Waits until the kernel takes the next request, has died, or time is over; whether it is one of the former."""
         client = self.client()
         client.start_channels(iopub=False, stdin=False, hb=False)
         waits = [client.kernel_info(reply=True, timeout=None), self._async_wait()]
         ends = [asyncio.ensure_future(wait) for wait in waits]
         try:
-            await asyncio.wait(ends, timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            return bool(ended)
         finally:
             for end in ends:
                 end.cancel()
