@@ -118,7 +118,7 @@ class Run:
         for key in sorted(self.results.rglob("key.json")):
             study = results.Study.stored(key.parent)
             frame = study.frame(sorted(study.units))
-            found.append(frame.drop(columns=["created"]))
+            found.append(frame.drop(columns=["created", "git_commit"]))
         return found
 
 
