@@ -22,10 +22,14 @@ def with_ridge(second_moment: Float[Tensor, "d d"], ridge: float) -> Float[Tenso
 
     Where ordinary text has next to no keys in some directions, C⁻¹ is made of what few tokens happened to have there.
     """
-    added = ridge * second_moment.double().diagonal().mean()
-    return second_moment.double() + added * torch.eye(
-        len(second_moment), dtype=torch.float64, device=second_moment.device
-    )
+    return _raised(second_moment, ridge * second_moment.double().diagonal().mean())
+
+
+def _raised(second_moment: Float[Tensor, "d d"], added: Tensor) -> Float[Tensor, "d d"]:
+    """A copy in float64 with so much added to its diagonal, in place: an identity would be as large as C."""
+    moment = second_moment.to(torch.float64, copy=True)
+    moment.diagonal().add_(added)
+    return moment
 
 
 def check_moment(second_moment: Float[Tensor, "d d"], name: str) -> None:
@@ -40,9 +44,8 @@ def check_moment(second_moment: Float[Tensor, "d d"], name: str) -> None:
     unlike = (second_moment - second_moment.T).abs().max()
     if unlike > TOLERATED * largest:
         raise MethodError(f"{name} is not symmetric (C and its transpose differ by up to {unlike:.3g}), as E[k kᵀ] is")
-    moment = second_moment.double()
-    raised = moment + TOLERATED * moment.trace() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    if moment.diagonal().min() < 0 or torch.linalg.cholesky_ex(raised).info.item():
+    raised = _raised(second_moment, TOLERATED * second_moment.double().trace())
+    if second_moment.diagonal().min() < 0 or torch.linalg.cholesky_ex(raised).info.item():
         raise MethodError(f"{name} has negative eigenvalues, and E[k kᵀ] has none; was it computed as a mean of k kᵀ?")
 
 
