@@ -37,9 +37,9 @@ import nbformat
 import papermill
 
 from nbkit.batch.allowed import Allowed, allowed_by
-from nbkit.batch.values import LONGEST, NotJson, convert, shown, stands_for_none, strict
+from nbkit.batch.values import LONGEST, NotJson, convert, stands_for_none, strict
 from nbkit.errors import ModelError, ParameterError
-from nbkit.records.bounds import nearest
+from nbkit.records.bounds import nearest, shown
 from nbkit.records.embedded import embedded_models, locate_model
 
 SCALARS = ("int", "float", "str", "bool")

@@ -26,8 +26,8 @@ from nbkit.batch.copies import copy_folder, copy_name, own_partial, writable
 from nbkit.batch.kernels import START_SECONDS, Kernel
 from nbkit.batch.parameters import declared, fitted, papermill_path
 from nbkit.batch.record import keep_record, record_of, run_named
-from nbkit.batch.values import shown
 from nbkit.errors import NotebookError, ParameterError, ResultsError
+from nbkit.records.bounds import shown
 
 NOTEBOOKS = paths.ROOT / "notebooks"
 

@@ -18,12 +18,13 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
+from nbkit.batch.copies import copy_folder, copy_name, writable
 from nbkit.batch.kept import KeptKernel
 from nbkit.batch.parameters import Parameter, check_names, declared, fitted
 from nbkit.batch.record import is_finished, record_of
-from nbkit.batch.run import copy_folder, copy_name, execute, find_notebook, writable
-from nbkit.batch.values import shown
+from nbkit.batch.run import execute, find_notebook
 from nbkit.errors import NotebookError, ParameterError
+from nbkit.records.bounds import shown
 
 BETWEEN_COMMAS = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?=,|\Z)|(?!\s*")([^,]*)')
 

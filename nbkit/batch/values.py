@@ -16,6 +16,8 @@ import re
 import warnings
 from decimal import Decimal
 
+from nbkit.records.bounds import shown
+
 LARGEST = 2**53  # whole numbers up to here are the same as floats
 DEEPEST = 50  # lists and dicts within one another; Python reads no more than some 200 brackets
 LONGEST = 100_000  # characters; Linux takes 131,072 in an environment variable, where a kernel finds its parameters
@@ -83,15 +85,6 @@ def _a(kind):
     return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
 
 
-def shown(value, longest=200):
-    """A value as a message can show it, whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:  # a number of more digits than Python prints, endless nesting, or an object's own fault
-        return _a(type(value))
-    return text if len(text) <= longest else f"{text[:longest]}..."
-
-
 def convert(value, kind):
     """A JSON value, or the text that a shell passes for it, as the type named by an annotation.
 
@@ -144,13 +137,13 @@ def _number(text):
         raise ValueError(f"{shown(text)} is no JSON number")
     if not any(spelt.groups()):
         if len(text) > len(str(-LARGEST)):
-            raise NotJson(f"{shown(text, 40)}: whole numbers go up to 2**53 ({LARGEST}): write a text")
+            raise NotJson(f"{shown(text)}: whole numbers go up to 2**53 ({LARGEST}): write a text")
         return _signed(text, int(text))
     value = float(text)
     if math.isinf(value) or (value == 0 and re.search("[1-9]", re.split("[eE]", text)[0])):
-        raise NotJson(f"{shown(text, 40)} would become {value}")
+        raise NotJson(f"{shown(text)} would become {value}")
     if value and Decimal(repr(value)) != Decimal(text):
-        raise NotJson(f"{shown(text, 40)} would become {value!r}, as it has more digits than a float")
+        raise NotJson(f"{shown(text)} would become {value!r}, as it has more digits than a float")
     return _signed(text, value)
 
 
