@@ -304,3 +304,17 @@ def test_another_thread_and_another_handler_are_left_alone():
     finally:
         signal.signal(signal.SIGINT, before)
     gc.collect()
+
+
+def test_what_ends_on_another_thread_or_never_does_not_keep_the_handler():
+    """As a loop over `edit_sequence` that was broken off, and that the garbage collector ends wherever it runs."""
+    before = signal.getsignal(signal.SIGINT)
+    elsewhere = Guarded()
+    elsewhere.__enter__()
+    thread = threading.Thread(target=elsewhere.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    Guarded().__enter__()
+    with Guarded():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before

@@ -22,13 +22,18 @@ import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakSet
+
+
+class _Watch:
+    """One that wants our handler. What is dropped without being left, whose watch nobody ends, wants it no longer."""
 
 
 class _State:
-    """Of the process: the handler before ours, how many want ours, and whether an interrupt waits."""
+    """Of the process: the handler before ours, who wants ours, and whether an interrupt waits."""
 
     before: Callable = signal.default_int_handler
-    wanted = 0
+    wanted: WeakSet[_Watch] = WeakSet()
     noted = False
 
 
@@ -51,25 +56,29 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
         _State.before(number, frame)
 
 
-def _watch() -> bool:
-    """Makes our handler the process's; says whether it did, and so whether `_unwatch` is to follow."""
+def _watch() -> _Watch | None:
+    """Makes our handler the process's, until `_unwatch` has had all that this gave; None where it is left as it is."""
     if threading.get_ident() != threading.main_thread().ident:
-        return False
+        return None
     handler = _signal.getsignal(signal.SIGINT)
     if handler is not _on_interrupt:  # ipykernel puts its own back before every cell
         if not callable(handler):  # ignored, or the end of the process
-            return False
+            return None
         _State.before, _State.noted = handler, False
         _signal.signal(signal.SIGINT, _on_interrupt)
-    _State.wanted += 1
-    return True
+    watch = _Watch()
+    _State.wanted.add(watch)
+    return watch
 
 
-def _unwatch(watched: bool) -> None:
-    if watched and threading.get_ident() == threading.main_thread().ident:
-        _State.wanted -= 1
-        if not _State.wanted and _signal.getsignal(signal.SIGINT) is _on_interrupt:
-            _signal.signal(signal.SIGINT, _State.before)
+def _unwatch(watch: _Watch | None) -> None:
+    """Off the main thread, where the garbage collector may end something, the handler stays until the next one ends."""
+    if watch is None:
+        return
+    _State.wanted.discard(watch)
+    on_main_thread = threading.get_ident() == threading.main_thread().ident
+    if on_main_thread and not _State.wanted and _signal.getsignal(signal.SIGINT) is _on_interrupt:
+        _signal.signal(signal.SIGINT, _State.before)
 
 
 def _deliver() -> None:
@@ -85,11 +94,11 @@ def uninterrupted(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def whole(*args, **kwargs):
-        watched = _watch()
+        watch = _watch()
         try:
             return function(*args, **kwargs)
         finally:
-            _unwatch(watched)
+            _unwatch(watch)
             if _State.noted:  # looked at last: between here and the caller Python delivers nothing
                 _deliver()
 
@@ -113,14 +122,14 @@ class Guarded:
         """
 
     def __enter__(self) -> Any:
-        self._watched = _watch()
+        self._watch = _watch()
         try:
             value = self.begin()
             if _State.noted:
                 _deliver()
         except BaseException as error:
             self.end(error)
-            _unwatch(self._watched)
+            _unwatch(self._watch)
             if _State.noted:
                 _deliver()
             raise
@@ -130,7 +139,7 @@ class Guarded:
         try:
             return self.end(error)
         finally:
-            _unwatch(self._watched)
+            _unwatch(self._watch)
             if _State.noted:
                 _deliver()
 
