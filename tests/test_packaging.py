@@ -30,11 +30,12 @@ def split(requirement):
 def test_environment_and_pyproject_hold_the_same_set():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = dict(split(entry) for entry in environment["dependencies"] if isinstance(entry, str))
+    *of_pip, itself = environment["dependencies"][-1]["pip"]
     assert conda.pop("python") == {PROJECT["requires-python"]}
     conda.pop("pip")
     own = dict(split(r) for r in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
-    assert conda == {CONDA_NAMES.get(name, name): bounds for name, bounds in own.items()}
-    assert environment["dependencies"][-1] == {"pip": ["-e ."]}
+    assert conda | dict(map(split, of_pip)) == {CONDA_NAMES.get(name, name): bounds for name, bounds in own.items()}
+    assert itself == "-e ."
 
 
 def test_every_requirement_has_both_bounds():

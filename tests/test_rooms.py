@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "plain": set(),  # the papers' loops, to be read and compared with, use nothing of the engine
     "plots": {"records"},
     "batch": {"records"},
+    "panels": {"records", "edits", "models", "keys", "methods", "studies", "plots"},
 }
 GROUND = {"errors", "paths", "architectures"}
 FILES = sorted(PACKAGE.rglob("*.py"))
