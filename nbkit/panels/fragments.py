@@ -50,7 +50,7 @@ def shown(value: object) -> str:
         return "–"
     if isinstance(value, float):
         if math.isnan(value):
-            return "not a number"
+            return "NaN"
         if math.isinf(value):
             return "infinite" if value > 0 else "−infinite"
         return f"{value:,.4g}".replace("-", "−", 1) if abs(value) < 1e6 else f"{value:.3e}"
