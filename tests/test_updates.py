@@ -78,3 +78,12 @@ def test_a_dense_update_among_them_makes_the_sum_dense_in_the_widest_type():
 def test_updates_of_different_models_are_not_added():
     with pytest.raises(MethodError, match=r"the updates of W have different shapes"):
         total([random_update("dense"), Dense(torch.zeros(3, 9))], "W")
+
+
+@KINDS
+def test_what_keys_feel_of_an_update(kind):
+    """√E‖ΔW k‖² over the keys that C is of, by the keys themselves."""
+    keys = torch.randn(50, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    update = random_update(kind)
+    moved = (keys @ update.dense().T).square().sum(1).mean().sqrt()
+    assert update.felt_norm(keys.T @ keys / len(keys)) == pytest.approx(moved.item(), rel=1e-12)

@@ -11,7 +11,7 @@ Whoever has an update need not know which of the two it is.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
+from math import prod, sqrt
 from typing import NamedTuple, Self
 
 import torch
@@ -65,6 +65,11 @@ class LowRank:
         """‖left @ right‖_F in float64, without the product."""
         left, right = (torch.linalg.qr(part.double()).R for part in (self.left, self.right.T))
         return float((left @ right.T).norm())
+
+    def felt_norm(self, second_moment: Float[Tensor, "d_in d_in"]) -> float:
+        """‖ΔW C^½‖_F = √(E ‖ΔW k‖²) over the keys k that C = E[k kᵀ] is of: how much the outputs there move."""
+        moment, left, right = second_moment.double(), self.left.double(), self.right.double()
+        return sqrt(max(float(((right @ moment @ right.T) * (left.T @ left)).sum()), 0.0))
 
     def to(self, place: torch.device | str | torch.dtype) -> Self:
         """On a device, or in a number type."""
@@ -127,6 +132,10 @@ class Dense:
 
     def norm(self) -> float:
         return float(self.matrix.double().norm())
+
+    def felt_norm(self, second_moment: Float[Tensor, "d_in d_in"]) -> float:
+        matrix = self.matrix.double()
+        return sqrt(max(float(((matrix @ second_moment.double()) * matrix).sum()), 0.0))
 
     def to(self, place: torch.device | str | torch.dtype) -> Self:
         return Dense(self.matrix.to(place))

@@ -55,14 +55,14 @@ COPIES = 6  # of a weight that an edit takes: its update, gradient, two moments;
 class FinetuneParameters(Bounded):
     """Hyper-parameters of FT; their defaults by model are in hparams.toml."""
 
-    layers: tuple[int, ...]
-    objective: str = bounded(choices=OBJECTIVES)
-    n_steps: int = bounded(least=1)  # at most
-    lr: float = bounded(above=0)  # of Adam, on the weights
-    weight_decay: float = bounded(least=0)  # of Adam: so many times the weight is added to its gradient
-    norm_constraint: float = bounded(least=0)  # ε; 0: none
-    early_stop_loss: float = bounded(least=0)  # stop, without another step, once the loss is below
-    bias: bool  # whether the projections' biases are trained too, where there are any
+    layers: tuple[int, ...] = bounded(about="whose MLP projections are trained")
+    objective: str = bounded(choices=OBJECTIVES, about="prompt_last is FT-L, target FT-M")
+    n_steps: int = bounded(least=1, about="steps at most")
+    lr: float = bounded(above=0, about="learning rate of Adam, on the weights")
+    weight_decay: float = bounded(least=0, about="of Adam: so many times the weight is added to its gradient")
+    norm_constraint: float = bounded(least=0, about="ε, how far an entry may move; 0: no bound")
+    early_stop_loss: float = bounded(least=0, about="stop, without another step, once the loss is below")
+    bias: bool = bounded(about="whether the projections' biases are trained too, where there are any")
 
 
 def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:

@@ -69,13 +69,13 @@ ATTRIBUTED = ("activation", "pre_activation")
 class KnowledgeNeuronParameters(Bounded):
     """Hyper-parameters of KN; their defaults by model are in hparams.toml."""
 
-    adaptive_threshold: float = bounded(least=0, below=1)
-    refine: bool
-    n_prompts: int = bounded(least=1)  # with refine
-    p: float = bounded(least=0, below=1)  # with refine
-    n_steps: int = bounded(least=1)  # of the integral
-    factor: float = bounded(above=0)
-    attributed: str = bounded(choices=ATTRIBUTED)  # the neuron: its activation, or what the activation is of
+    adaptive_threshold: float = bounded(least=0, below=1, about="neurons above this share of the largest attribution")
+    refine: bool = bounded(about="whether only neurons are kept that several prompts share")
+    n_prompts: int = bounded(least=1, about="with refine: how many prompts")
+    p: float = bounded(least=0, below=1, about="with refine: the share of the prompts that must find a neuron")
+    n_steps: int = bounded(least=1, about="of the integral")
+    factor: float = bounded(above=0, about="times the answer's embeddings that are written into a neuron's column")
+    attributed: str = bounded(choices=ATTRIBUTED, about="the neuron's activation, or what the activation is of")
 
 
 def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:

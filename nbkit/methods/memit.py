@@ -62,13 +62,15 @@ from nbkit.records.requests import EditRequest
 class MemitParameters(ValueParameters):
     """The hyper-parameters of the search for z, and of the closed form in the module's docstring."""
 
-    layers: tuple[int, ...]
-    second_moment_weight: float = bounded(least=0)  # λ
-    norm_weight: float = bounded(least=0)
-    ridge: float = bounded(least=0)
-    ridge_of_one: bool  # whether an edit of a single request has the ridge too
-    nullspace_threshold: float = bounded(least=0)  # P is of C's eigenvectors whose eigenvalue is below; 0: no P
-    key_cache: bool  # whether B holds the keys of earlier edits of the sequence
+    layers: tuple[int, ...] = bounded(about="that share the update; v* is searched for at the last")
+    second_moment_weight: float = bounded(least=0, about="λ, the weight of C")
+    norm_weight: float = bounded(least=0, about="the weight of ‖ΔW‖²")
+    ridge: float = bounded(least=0, about="added to the diagonal of what is solved with for a batch")
+    ridge_of_one: bool = bounded(about="whether an edit of a single request has the ridge too")
+    nullspace_threshold: float = bounded(
+        least=0, about="only along C's eigenvectors with an eigenvalue below; 0: along all"
+    )
+    key_cache: bool = bounded(about="whether the keys of earlier edits of a sequence are spared")
 
     def __post_init__(self):
         super().__post_init__()

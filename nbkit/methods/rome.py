@@ -50,9 +50,11 @@ KEY_MODES = ("mixed", "prefixed", "plain")
 class RomeParameters(ValueParameters):
     """The hyper-parameters of the search for v*, where it is made, and which keys the update is made of."""
 
-    layer: int
-    second_moment_ridge: float = bounded(least=0)  # so many times C's mean eigenvalue is added to its diagonal
-    key_mode: str = bounded(choices=KEY_MODES)
+    layer: int = bounded(about="whose MLP projection is edited")
+    second_moment_ridge: float = bounded(
+        least=0, about="so many times C's mean eigenvalue is added to its diagonal; without C nothing"
+    )
+    key_mode: str = bounded(choices=KEY_MODES, about="which keys: mixed is ROME, prefixed C-ROME, plain p-ROME")
 
     @property
     def layers(self) -> tuple[int]:

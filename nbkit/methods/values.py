@@ -31,12 +31,12 @@ KL_PROMPT = "{} is a"  # what follows the subject's last token in it shall not m
 class ValueParameters(Bounded):
     """Hyper-parameters of the search; their defaults by model are in hparams.toml."""
 
-    v_lr: float = bounded(above=0)  # of Adam, on v*
-    v_num_grad_steps: int = bounded(least=1)  # losses computed at most; the last one makes no step
-    v_weight_decay: float = bounded(least=0)  # times ‖δ‖ / ‖value_init‖²
-    clamp_norm_factor: float = bounded(above=0, most=inf)  # ‖δ‖ is kept below so many times ‖value_init‖
-    kl_factor: float = bounded(least=0)
-    early_stop_loss: float  # stop once the total loss is below
+    v_lr: float = bounded(above=0, about="learning rate of Adam, on v*")
+    v_num_grad_steps: int = bounded(least=1, about="losses computed at most; the last one makes no step")
+    v_weight_decay: float = bounded(least=0, about="times ‖δ‖ / ‖value_init‖², with v* = value_init + δ")
+    clamp_norm_factor: float = bounded(above=0, most=inf, about="‖δ‖ is kept below so many times ‖value_init‖")
+    kl_factor: float = bounded(least=0, about="weight of the term that keeps what the subject is")
+    early_stop_loss: float = bounded(about="the search stops once the total loss is below")
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,10 @@ def nearest(value: Any, choices: Sequence[str]) -> str:
     return f"; did you mean {known[found[0]]!r}?" if found else ""
 
 
-def bounded(default: Any = MISSING, choices: Sequence[str] | None = None, **bounds: float):
-    """A field of a `Bounded` class. choices: the texts it can be. bounds: those of `check_number`."""
-    return field(default=default, metadata={"choices": choices, "bounds": bounds})
+def bounded(default: Any = MISSING, choices: Sequence[str] | None = None, about: str = "", **bounds: float):
+    """A field of a `Bounded` class. choices: the texts it can be. about: what it is, for people. bounds: those of
+    `check_number`."""
+    return field(default=default, metadata={"choices": choices, "about": about, "bounds": bounds})
 
 
 @dataclass(frozen=True)

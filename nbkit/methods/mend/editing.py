@@ -32,8 +32,8 @@ from nbkit.records.requests import EditRequest
 class MendParameters(Bounded):
     """What can be set when editing; all else was when the hypernetwork was trained."""
 
-    weights: str  # file of the trained hypernetwork; "": where `train-mend` puts it
-    lr_scale: float = bounded(above=0)  # times every edit rate α
+    weights: str = bounded(about="file of the trained hypernetwork; empty: where train-mend puts it")
+    lr_scale: float = bounded(above=0, about="times every edit rate α")
 
 
 def mend_files(lm: LanguageModel, parameters: MendParameters) -> list[Path]:
