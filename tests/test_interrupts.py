@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import nbkit
 from nbkit.edits import placed
 from nbkit.edits.edit import Edit
 from nbkit.edits.hashes import hash_of
-from nbkit.edits.interrupts import Guarded, uninterrupted
+from nbkit.edits.interrupts import Guarded, _State, uninterrupted
 from nbkit.edits.overlays import applied, restoring, unedited
 from nbkit.edits.updates import LowRank
 from nbkit.models.hooks import capture, instead, replace, together
@@ -39,8 +40,10 @@ LONG = int(os.environ.get("NBKIT_INTERRUPTS", 0))
 
 
 @pytest.fixture(autouse=True)
-def _listening():
-    """A shell starts what it runs in the background with SIGINT ignored."""
+def _listening(monkeypatch):
+    """A shell starts what it runs in the background with SIGINT ignored, and a loop over `edit_sequence` that another
+    test left unfinished still wants its handler."""
+    monkeypatch.setattr(_State, "wanted", WeakSet())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
