@@ -58,7 +58,8 @@ class Jobs:
 
     def watch(self, watcher: Callable[[Job | None], None]) -> None:
         """Calls `watcher(job)` whenever a job begins or has done a step, and `watcher(None)` when it has ended."""
-        self._watchers.append(watcher)
+        if watcher not in self._watchers:
+            self._watchers.append(watcher)
 
     def start(
         self,

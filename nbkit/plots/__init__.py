@@ -9,8 +9,21 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
 from nbkit.plots.captions import sources
-from nbkit.plots.key_distributions import embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
-from nbkit.plots.one_edit import loss_curve, one_edit_panels, template_similarity, top_tokens
+from nbkit.plots.key_distributions import (
+    embedding_scatter,
+    key_among_others,
+    norm_histogram,
+    similarity_curves,
+    similarity_histogram,
+)
+from nbkit.plots.one_edit import (
+    loss_curve,
+    one_edit_panels,
+    ratio_by_layer,
+    success_by_layer,
+    template_similarity,
+    top_tokens,
+)
 from nbkit.plots.sequential_edits import sequential_curves
 from nbkit.plots.single_edits import (
     collapse_by_templates,

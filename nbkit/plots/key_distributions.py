@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator
 
-from nbkit.plots.style import GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
+from nbkit.plots.style import BLACK, GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
 
 
 def similarity_histogram(
@@ -91,6 +91,28 @@ def embedding_scatter(
     if method.upper().startswith("T-SNE"):
         ax.set(xticks=[], yticks=[])
     return legend_above(ax, handles, ncols=3)
+
+
+def key_among_others(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """One request's two keys, joined by a line, in the plane among those of others.
+
+    Args:
+        frame: rows of `geometry.embed` by PCA, one of whose requests, the last, is the one in question.
+    """
+    columns(frame, "x", "y", "group", "vector", "request")
+    this = frame["request"] == frame["request"].max()
+    embedding_scatter(frame[~this], ax, "PCA")
+    ax.plot(frame.loc[this, "x"], frame.loc[this, "y"], color=BLACK, lw=0.8)
+    for mark, (_, point) in zip("*P", frame[this].iterrows(), strict=False):
+        look = {"marker": mark, "ms": 9, "mfc": "none", "mec": BLACK, "ls": "none"}
+        ax.plot(point["x"], point["y"], label=f"this {point['vector']}", **look)
+    others = ax.get_legend()
+    for handle, text in zip(others.legend_handles, others.get_texts(), strict=True):
+        handle.set_label(text.get_text())
+    handles = [*others.legend_handles, *ax.get_legend_handles_labels()[0]]
+    shares = frame.attrs.get("variance", (float("nan"),) * 2)
+    ax.set(xlabel=f"PCA 1 ({shares[0]:.0%} of variance)", ylabel=f"PCA 2 ({shares[1]:.0%})")
+    return legend_above(ax, handles, ncols=2)
 
 
 def similarity_curves(

@@ -18,7 +18,9 @@ from nbkit.plots.style import (
     columns,
     integer_axis,
     legend_above,
+    log_axis,
 )
+from nbkit.records.collapse import ratios
 
 LOSS_PARTS = {"nll": "new target (NLL)", "kl": "essence (KL)", "weight_decay": "size of the change"}
 
@@ -108,3 +110,41 @@ def one_edit_panels(
     for ax, (where, frame) in zip(tokens, said.items(), strict=True):
         top_tokens(frame, ax, target).set_xlabel(f"Probability,\n{where}")
     return np.asarray(axes)
+
+
+def ratio_by_layer(frame: pd.DataFrame, ax: Axes, collapse_ratio: float = 10.0) -> Axes:
+    """How many times perplexity rises when one request is edited into each layer; NaN and infinity at the top edge.
+
+    Args:
+        frame: one row a layer: layer, perplexity, perplexity_before.
+        collapse_ratio: where an edit counts as a collapse, as a dashed line.
+    """
+    columns(frame, "layer", "perplexity", "perplexity_before")
+    rise = ratios(frame)
+    top = 10 * max(rise[np.isfinite(rise)].max() if np.isfinite(rise).any() else 1.0, collapse_ratio)
+    ax.plot(frame["layer"], rise.clip(upper=top), marker="o", color=VERMILION, ms=4)
+    ax.axhline(collapse_ratio, **REFERENCE)
+    ax.set(xlabel="Layer", ylabel="Perplexity,\ntimes the unedited")
+    log_axis(ax.yaxis)
+    integer_axis(ax.xaxis)
+    return ax
+
+
+def success_by_layer(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Whether an edit takes, and what it leaves alone, by layer.
+
+    Args:
+        frame: one row a layer: layer, target_probability, paraphrase_argmax, neighborhood_argmax (shares; NaN where a
+            request has none).
+    """
+    looks = {
+        "target_probability": ("target probability", BLUE, "o"),
+        "paraphrase_argmax": ("said at paraphrases", GREEN, "s"),
+        "neighborhood_argmax": ("neighbours said", ORANGE, "D"),
+    }
+    columns(frame, "layer", *looks)
+    for name, (label, colour, marker) in looks.items():
+        ax.plot(frame["layer"], frame[name], marker=marker, color=colour, ms=4, label=label)
+    ax.set(xlabel="Layer", ylabel="Share or probability", ylim=(-0.04, 1.04))
+    integer_axis(ax.xaxis)
+    return legend_above(ax, ncols=3)

@@ -30,6 +30,7 @@ from nbkit.records.collapse import outcomes, ratios
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity, score_targets
 
+N_LIKELIEST = 5  # next tokens before, and as many after
 N_STEPS = 4  # how often `one_edit` says how far it is
 Step = Callable[[int, int], None]
 
@@ -42,6 +43,7 @@ class Outcome:
         (the new target, or the neighbour's own), and before and after the edit: probability of the whole answer, rank
         of its first token among all (1: the likeliest; NaN where the model gives no numbers), says (the likeliest
         token).
+    next_tokens: token, before, after: the likeliest next tokens at the prompt, before or after, and the target's first.
     said: one row a prompt: prompt, before, after: what the model goes on with by itself, greedily.
     metrics: one row of `edit_metrics` before, one after.
     perplexity: of the held-out texts: unedited (without any edit), before, after.
@@ -53,6 +55,7 @@ class Outcome:
     request: EditRequest
     edit: Edit
     answers: pd.DataFrame
+    next_tokens: pd.DataFrame
     said: pd.DataFrame
     metrics: pd.DataFrame
     perplexity: Mapping[str, float]
@@ -115,24 +118,24 @@ def one_edit(
     reference = neighborhood_tokens(lm, [request])
     asked = _asked(request, unseen)
 
-    def looked_at() -> tuple[pd.DataFrame, list[str], pd.DataFrame, float]:
+    def looked_at() -> tuple[pd.DataFrame, np.ndarray, list[str], pd.DataFrame, float]:
         return (
-            _answers(lm, asked),
+            *_answers(lm, asked),
             _goes_on(lm, request, max_tokens, end),
             edit_metrics(lm, [request], reference),
             perplexity(lm, texts),
         )
 
-    answers, said, metrics, before = looked_at()
+    answers, likely, said, metrics, before = looked_at()
     tell(2, N_STEPS)
     with applied(lm, edit):
-        answers_after, said_after, metrics_after, after = looked_at()
+        answers_after, likely_after, said_after, metrics_after, after = looked_at()
     tell(3, N_STEPS)
-    both = answers.join(answers_after, lsuffix="_before", rsuffix="_after")
     found = Outcome(
         request=request,
         edit=edit,
-        answers=pd.concat([asked, both], axis=1),
+        answers=pd.concat([asked, answers.add_suffix("_before"), answers_after.add_suffix("_after")], axis=1),
+        next_tokens=_next_tokens(lm, request, likely, likely_after),
         said=pd.DataFrame({"prompt": _opened(request), "before": said, "after": said_after}),
         metrics=pd.concat([metrics, metrics_after], ignore_index=True).set_axis(["before", "after"]),
         perplexity={"unedited": without, "before": before, "after": after},
@@ -155,7 +158,8 @@ def _asked(request: EditRequest, unseen: Sequence[str]) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def _answers(lm: LanguageModel, asked: pd.DataFrame) -> pd.DataFrame:
+def _answers(lm: LanguageModel, asked: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+    """probability, rank and says of each, and the probabilities of all next tokens at the first of them."""
     scores = score_targets(lm, asked["prompt"].tolist(), asked["answer"].tolist())
     logits = lm.logits(encode(lm, asked["prompt"].tolist(), "left"), keep=1)[:, -1].float().cpu()
     rows = []
@@ -164,7 +168,15 @@ def _answers(lm: LanguageModel, asked: pd.DataFrame) -> pd.DataFrame:
         rank = 1.0 + int((row > first).sum()) if finite else np.nan
         says = lm.tokenizer.decode([int(row.argmax())]) if finite else None
         rows.append({"probability": probability, "rank": rank, "says": says})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), logits[0].softmax(-1).numpy()
+
+
+def _next_tokens(lm: LanguageModel, request: EditRequest, before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
+    both = pd.DataFrame({"before": before, "after": after})
+    likeliest = [token for when in both for token in both[when].nlargest(N_LIKELIEST).index]
+    both = both.loc[list(dict.fromkeys([target_ids(lm, request.target_new)[0], *likeliest]))]
+    both.insert(0, "token", [lm.tokenizer.decode([token]) for token in both.index])
+    return both.sort_values("after", ascending=False, kind="stable", ignore_index=True)
 
 
 def _opened(request: EditRequest) -> list[str]:

@@ -1,0 +1,43 @@
+"""How a sweep over layers is shown: a table and a figure that grow with its rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from nbkit import plots
+from nbkit.panels import fragments
+from nbkit.records.collapse import ratios
+
+NAMES = {
+    "efficacy_argmax": "said at the prompt",
+    "target_probability": "target probability",
+    "paraphrase_argmax": "said at paraphrases",
+    "neighborhood_argmax": "neighbours said",
+    "ratio": "perplexity, times",
+    "update_norm": "‖ΔW‖",
+    "signed_denominator": "signed denominator",
+}
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of `layer_sweep` as HTML."""
+    if not rows:
+        return fragments.note("No layer is done yet: press “Sweep over layers”.")
+    frame = pd.DataFrame(rows)
+    frame["ratio"] = ratios(frame)
+    table = frame.set_index("layer")[list(NAMES)].rename(columns=NAMES).rename_axis(None)
+    table.index = [f"layer {layer}" for layer in table.index]
+    alt = "perplexity and target probability by layer"
+    return fragments.table(table.astype(object), "One edit, layer by layer") + fragments.figure(figure(frame), alt)
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Perplexity and whether the edit takes, by layer."""
+    with plots.paper_style():
+        drawn = Figure(figsize=(plots.TWO_COLUMNS, 2.4), layout="constrained")
+        left, right = drawn.subplots(1, 2)
+        plots.ratio_by_layer(frame, left)
+        plots.success_by_layer(frame, right)
+    return drawn
