@@ -106,6 +106,22 @@ def subject_kind(lm: LanguageModel, request: EditRequest) -> Literal["one-token 
     return "one-token first" if len(tokens) == 1 else "several-token first"
 
 
+def shown_tokens(lm: LanguageModel, request: EditRequest) -> tuple[list[str], list[int]]:
+    """The tokens of a request's text as people read them, and the indices of those that overlap its subject.
+
+    The last of these is where an edit acts, as `subject_last` says. A token has the text from the end of the one before
+    it, so that spaces are seen; one of no text of its own, such as BOS, has its name. PromptError as in `tokenize`.
+    """
+    text, start = request.text, request.prompt.index("{}")
+    encoding = lm.tokenizer(text, return_offsets_mapping=True, verbose=False)
+    check_length(lm, encoding.input_ids, text)
+    tokens, read = [], 0
+    for token, (first, last) in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
+        tokens.append(text[min(first, read) : last] if last > first else lm.tokenizer.decode([token]))
+        read = max(read, last)
+    return tokens, _overlapping(encoding.offset_mapping, (start, start + len(request.subject)), text)
+
+
 def request_columns(lm: LanguageModel, request: EditRequest) -> dict[str, str | None]:
     """How tables name a request: case_id (as text), subject, subject_kind."""
     case_id = None if request.case_id is None else str(request.case_id)

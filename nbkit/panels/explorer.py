@@ -60,21 +60,20 @@ class Explorer(VBox):
 
     def __init__(self, lm: LanguageModel, data, texts: str, n_texts: int, n_requests, choose=None, **hparams: Any):
         super().__init__()
-        self.add_class("nbkit-panel")
         self.texts_name, self.n_texts, self.n_requests, self._hparams = texts, n_texts, n_requests, hparams
         known = [*embedded.MODELS, *embedded.cached_models()]
         self.model_name = Combobox(value=lm.name, options=known, ensure_option=False, description="Model")
         self.data_name = Text(value=data if isinstance(data, str) else "", description="Requests")
         self.texts_field = Text(value=texts, description="Texts")
-        self.load_button = _button("Load", "download", "load this model, these requests and texts", self.load)
-        self.edit_button = _button("Edit", "pencil", "edit the request into the model, and look", self.edit, "primary")
-        self.keep_button = _button("Keep in the model", "plus", "apply the edit; the next comes on top", self.keep)
-        self.pin_button = _button("Pin", "thumb-tack", "keep this outcome to compare with the next", self.pin)
-        self.unpin_button = _button("Unpin all", "times", "forget the pinned outcomes", self.unpin)
-        self.risk_button = _button("Risk for these settings", "tachometer", "compute the table's risk anew", self.risk)
-        self.sweep_button = _button("Sweep over layers", "bars", "edit the request into each layer in turn", self.sweep)
+        self.load_button = _button("Load", "load this model, these requests and texts", self.load)
+        self.edit_button = _button("Edit", "edit the request into the model, and look", self.edit, "primary")
+        self.keep_button = _button("Keep in the model", "apply the edit; the next comes on top", self.keep)
+        self.pin_button = _button("Pin", "keep this outcome to compare with the next", self.pin)
+        self.unpin_button = _button("Unpin all", "forget the pinned outcomes", self.unpin)
+        self.risk_button = _button("Risk for these settings", "compute the table's risk anew", self.risk)
+        self.sweep_button = _button("Sweep over layers", "edit the request into each layer in turn", self.sweep)
         self.sweep_layers = Text(description="layers", placeholder="all", layout=Layout(width="14em"))
-        self.cancel_button = _button("Cancel", "stop", "stop at the next step", lambda: self.jobs.cancel(), "warning")
+        self.cancel_button = _button("Cancel", "stop at the next step", lambda: self.jobs.cancel(), "warning")
         self.progress = IntProgress(min=0, max=1, layout=Layout(width="12em"))
         self.state, self.words, self.status = fragments.html(), fragments.html(), fragments.html()
         self._fill(lm, data, read_texts(texts, limit=n_texts), choose)
@@ -89,7 +88,7 @@ class Explorer(VBox):
         elif choose is not None:
             browser.choose(choose)
         self.lm, self.data, self.texts, self.settings, self.browser = lm, data, texts, form, browser
-        self.keys = KeyMap(lm, browser.requests)
+        self.key_map = KeyMap(lm, browser.requests)
         self.outcome: Outcome | None = None
         self.pinned: dict[str, Outcome] = {}
         self.rows: list[dict[str, Any]] = []
@@ -151,7 +150,7 @@ class Explorer(VBox):
                 **settings.hparams,
             )
             layers = settings.layers(self.lm)
-            return found, self.keys.frame(request, layers[0]) if layers else None
+            return found, self.key_map.frame(request, layers[0]) if layers else None
 
         def show(found):
             self.outcome, among = found
@@ -295,8 +294,8 @@ class Explorer(VBox):
         self._show_state()
 
 
-def _button(text: str, icon: str, tooltip: str, do: Callable[[], Any], style: str = "") -> Button:
-    button = Button(description=text, icon=icon, tooltip=tooltip, button_style=style, layout=Layout(width="auto"))
+def _button(text: str, tooltip: str, do: Callable[[], Any], style: str = "") -> Button:
+    button = Button(description=text, tooltip=tooltip, button_style=style, layout=Layout(width="auto"))
     button.on_click(lambda _: do())
     return button
 

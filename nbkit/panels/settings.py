@@ -102,13 +102,12 @@ class SettingsForm(VBox):
         )
         choices = [(NO_REGULARISER, None), *((name, name) for name in REGULARISERS)]
         self.regulariser = Dropdown(options=choices, value=None, description="Regulariser", style=WIDE)
-        self.more = ToggleButton(description="Hyper-parameters", icon="sliders", tooltip="show or hide them")
+        self.more = ToggleButton(description="Hyper-parameters", tooltip="show or hide them")
         self.fields: dict[str, Widget] = {}
         self.arguments: dict[str, Widget] = {}
         self._fields, self._arguments, self.words = VBox(), HBox(), fragments.html()
         self._about_method, self._of_second_moment = fragments.html(), HBox()
         super().__init__()
-        self.add_class("nbkit-panel")
         self.children = [
             HBox([self.method, self.layer, self.key_mode], layout=Layout(flex_flow="row wrap")),
             HBox([self.with_second_moment, self._of_second_moment], layout=Layout(flex_flow="row wrap")),

@@ -9,6 +9,7 @@ denominator is what *The Fall of ROME* (Yang et al.) found behind the collapse.
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -60,3 +61,22 @@ def collapse_risk(
     about = [{**request_columns(lm, request), **here} for request in requests]
     measured = pd.DataFrame(numbers.numpy(), columns=MEASURED)
     return pd.concat([pd.DataFrame(about), measured], axis=1)
+
+
+def risk_in_words(risk: float, risks: Sequence[float]) -> str:
+    """Where one risk lies among those of other requests, its own among them or not: "higher than 93 % of the 900".
+
+    The share is that of the risks that are lower, in whole per cent and rounded down, so that only what exceeds all is
+    said to.
+    """
+    others = np.asarray(risks, float)
+    n, below = len(others), int((others < risk).sum())
+    if np.isnan(risk) or not n:
+        return "not to be compared: it is NaN" if np.isnan(risk) else "not to be compared: there is no other request"
+    if below == n:
+        return f"higher than that of all {n} requests"
+    if not (others > risk).any():
+        return f"the highest of the {n} requests"
+    if not below:
+        return f"the lowest of the {n} requests" if risk in others else f"lower than that of all {n} requests"
+    return f"higher than {100 * below // n} % of the {n} requests"
