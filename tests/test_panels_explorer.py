@@ -39,7 +39,8 @@ def test_an_edit_on_the_page_is_that_of_the_verb(explorer, texts):
     after = nbkit.perplexity(lm, texts, edits=[edit])[0]
     assert explorer.outcome.edit.norm() == edit.norm() and lm.hash == before
     page = explorer.views.outcome.value
-    for value in (after, edit.info["signed_denominator"], edit.info["numerator"], edit.norm()):
+    assert f"→ {fragments.shown(float(after))}</td>" in page
+    for value in (edit.info["signed_denominator"], edit.info["numerator"], edit.norm()):
         assert f">{fragments.shown(float(value))}</td>" in page
     assert "<img" in page and "differ are struck out" in page
 
@@ -148,7 +149,7 @@ def test_the_code_does_the_same_again(explorer, monkeypatch, capsys):
     done(explorer)
     explorer.keep()
     done(explorer)
-    explorer.settings.regulariser.value = None
+    explorer.settings.regulariser.value = "none"
     explorer.settings.method.value = "ft"
     explorer.settings.fields["n_steps"].value = "2"
     explorer.settings.layer.value = "0, 1"

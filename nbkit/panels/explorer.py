@@ -83,6 +83,7 @@ class Explorer(VBox):
         form = SettingsForm(lm, **self._hparams)
         requests = read_requests(data, limit=self.n_requests) if isinstance(data, str) else data
         browser = browse(lm, requests, **form.read_or_default().of_risk, risk=risk)
+        browser.again.layout.display = "none"  # of it there is one with this form's settings
         if isinstance(choose, EditRequest):
             browser.accept(choose)
         elif choose is not None:

@@ -10,6 +10,7 @@ from nbkit import plots
 from nbkit.panels import fragments
 from nbkit.studies.one_edit import Outcome
 
+ALT = "losses of the search for v*, next tokens before and after, and the key among those of other requests"
 ROWS_IN_WORDS = {
     "efficacy": "new target likelier than the true one",
     "paraphrase": "the same at paraphrases",
@@ -19,22 +20,24 @@ ROWS_IN_WORDS = {
 
 
 def numbers(outcome: Outcome) -> dict[str, object]:
-    """What is said of an edit in one column: whether it took, what it cost, and what its update is made of."""
+    """What is said of an edit in one column: whether it took, what it cost, what its update is made of. A pair is the
+    number before the edit and the one after it."""
     at_prompt, info = outcome.answers.iloc[0], outcome.edit.info
     before, after = (outcome.metrics.loc[when] for when in ("before", "after"))
-    found = {
-        "target probability, before": at_prompt["probability_before"],
-        "target probability, after": at_prompt["probability_after"],
-        "rank of its first token, before": at_prompt["rank_before"],
-        "rank of its first token, after": at_prompt["rank_after"],
+    found: dict[str, object] = {
+        "target probability": (at_prompt["probability_before"], at_prompt["probability_after"]),
+        "rank of its first token": (at_prompt["rank_before"], at_prompt["rank_after"]),
     }
     behind = outcome.answers[outcome.answers["role"] == "behind an unseen prefix"]
     if len(behind):
-        found["target probability behind an unseen prefix, after"] = behind.iloc[0]["probability_after"]
+        first = behind.iloc[0]
+        found["target probability behind an unseen prefix"] = first["probability_before"], first["probability_after"]
     for name, words in ROWS_IN_WORDS.items():
         if not np.isnan(after[name]):
-            found[f"{words}, before"], found[f"{words}, after"] = before[name], after[name]
-    found |= {f"perplexity, {when}": value for when, value in outcome.perplexity.items()}
+            found[words] = before[name], after[name]
+    if outcome.n_before:
+        found["perplexity of the unedited model"] = outcome.perplexity["unedited"]
+    found["perplexity"] = outcome.perplexity["before"], outcome.perplexity["after"]
     found["perplexity, times what it was"] = outcome.ratio
     found["outcome"] = "collapse" if outcome.collapsed() else "no collapse"
     for name, words in (("numerator", "numerator"), ("signed_denominator", "signed denominator")):
@@ -44,6 +47,16 @@ def numbers(outcome: Outcome) -> dict[str, object]:
     found["‖ΔW‖ / ‖W‖"] = outcome.edit.norm() / float(np.sqrt((outcome.weights["of_weight"] ** 2).sum()))
     found["seconds of the edit"] = outcome.seconds
     return found
+
+
+def _column(outcome: Outcome) -> pd.Series:
+    """The numbers as texts."""
+    found = numbers(outcome)
+    pairs = {
+        name: " → ".join(map(fragments.shown, value)) if isinstance(value, tuple) else fragments.shown(value)
+        for name, value in found.items()
+    }
+    return pd.Series(pairs, dtype=object)
 
 
 def verdict(outcome: Outcome) -> str:
@@ -57,22 +70,22 @@ def verdict(outcome: Outcome) -> str:
     return f"{how}: perplexity of unrelated text is {times} times what it was. {said}"
 
 
-def summary(outcome: Outcome) -> str:
-    """Verdict, numbers, answers and weights, as HTML."""
+def shown(outcome: Outcome, among: pd.DataFrame | None = None) -> str:
+    """All of it as HTML. among: as for `figure`."""
     mark = "✖" if outcome.collapsed() else "✔"
-    of_numbers = pd.DataFrame({"value": numbers(outcome)}, dtype=object)
-    left = fragments.table(of_numbers, "The edit in numbers")
-    right = _answers(outcome) + _weights(outcome)
+    of_numbers = _column(outcome).to_frame("before → after, or value")
+    beside = fragments.figure(figure(outcome, among), ALT)
     return (
-        f'<p role="status"><b>{mark} {fragments.escape(verdict(outcome))}</b></p>'
-        f'<div class="nbkit-sides"><div>{left}</div><div>{right}</div></div>'
+        f'<p role="status"><b>{mark} {fragments.escape(verdict(outcome))}</b></p><div class="nbkit-sides"><div>'
+        f"{fragments.table(of_numbers, 'The edit in numbers')}</div><div>{beside}</div></div>"
+        f"{_answers(outcome)}{_texts(outcome)}{_weights(outcome)}"
     )
 
 
 def _answers(outcome: Outcome) -> str:
     frame, asked = outcome.answers, []
     for row in frame.to_dict("records"):
-        says = [repr(row[f"says_{when}"] or "nothing: its numbers are not finite") for when in ("before", "after")]
+        says = [_said(row[f"says_{when}"]) for when in ("before", "after")]
         asked.append(
             {
                 "prompt": row["prompt"],
@@ -86,6 +99,11 @@ def _answers(outcome: Outcome) -> str:
     return fragments.table(shown, "What is asked, before → after the edit", words=("prompt", "answer", "says"))
 
 
+def _said(token: str | None) -> str:
+    """The likeliest token; one of space alone with its quotes."""
+    return "nothing: no finite numbers" if token is None else token.strip() or repr(token)
+
+
 def _weights(outcome: Outcome) -> str:
     named = {"norm": "‖ΔW‖", "of_weight": "‖W‖", "felt": "√E‖ΔWk‖²", "of_output": "√E‖Wk‖²"}
     return fragments.table(
@@ -94,7 +112,7 @@ def _weights(outcome: Outcome) -> str:
     )
 
 
-def texts(outcome: Outcome) -> str:
+def _texts(outcome: Outcome) -> str:
     """What the model goes on with before and after, side by side, differing words struck out and underlined."""
     rows = []
     for row in outcome.said.to_dict("records"):
@@ -115,21 +133,18 @@ def figure(outcome: Outcome, among: pd.DataFrame | None = None) -> Figure:
 
     among: as for `plots.key_among_others`; None for no map.
     """
-    losses, target = outcome.edit.info.get("losses"), outcome.request.target_new
+    losses = outcome.edit.info.get("losses")
     searched = bool(losses) and len(np.shape(losses)) == 2 and np.shape(losses)[1] == 4
-    n_panels = 1 + searched + (among is not None)
+    heights = [2.0] * searched + [2.3] + [2.6] * (among is not None)
     with plots.paper_style():
-        drawn = Figure(figsize=(2.9 * n_panels, 2.7), layout="constrained")
-        axes = iter(np.atleast_1d(drawn.subplots(1, n_panels)))
+        drawn = Figure(figsize=(4.0, sum(heights)), layout="constrained")
+        axes = iter(np.atleast_1d(drawn.subplots(len(heights), height_ratios=heights)))
         if searched:
             frame = pd.DataFrame(losses, columns=["total", "nll", "kl", "weight_decay"])
             plots.loss_curve(
                 frame.rename_axis("step").reset_index(), next(axes), outcome.edit.hparams.get("early_stop_loss")
             )
-        first = next(
-            (token for token in outcome.next_tokens["token"] if token.strip() and target.startswith(token.strip())),
-            None,
-        )
+        [first] = outcome.next_tokens.loc[outcome.next_tokens["of_target"], "token"]
         plots.top_tokens(outcome.next_tokens, next(axes), first)
         if among is not None:
             plots.key_among_others(among, next(axes))
@@ -137,15 +152,16 @@ def figure(outcome: Outcome, among: pd.DataFrame | None = None) -> Figure:
 
 
 def compared(outcomes: Mapping[str, Outcome]) -> str:
-    """Several outcomes, a column each, and what they say at the first prompt."""
-    frame = pd.DataFrame({name: pd.Series(numbers(outcome), dtype=object) for name, outcome in outcomes.items()})
-    said = pd.DataFrame(
-        {name: outcome.said.set_index("prompt")["after"] for name, outcome in outcomes.items()}, dtype=object
+    """Several outcomes, a column each, and what they go on with at each prompt."""
+    columns = {name: _column(outcome) for name, outcome in outcomes.items()}
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column.index))
+    frame = pd.DataFrame({name: column.reindex(rows, fill_value="–") for name, column in columns.items()})
+    asked = {name: f"{outcome.request.text} → {outcome.request.target_new}" for name, outcome in outcomes.items()}
+    frame = pd.concat([pd.DataFrame([asked], index=["request"]), frame])
+    said = [dict(zip(outcome.said["prompt"], outcome.said["after"], strict=True)) for outcome in outcomes.values()]
+    prompts = list(dict.fromkeys(prompt for one in said for prompt in one))
+    texts = {name: [one.get(prompt, "–") for prompt in prompts] for name, one in zip(outcomes, said, strict=True)}
+    going_on = fragments.table(
+        pd.DataFrame(texts, index=prompts), "What the edited model goes on with", words=tuple(outcomes)
     )
-    request = {name: f"{outcome.request.text} → {outcome.request.target_new}" for name, outcome in outcomes.items()}
-    order = next(iter({tuple(numbers(outcome)): None for outcome in outcomes.values()}))
-    frame = frame.loc[[*order, *(row for row in frame.index if row not in order)]]
-    about = pd.DataFrame([request], index=["request"], dtype=object)
-    return fragments.table(
-        pd.concat([about, frame.astype(object).where(frame.notna(), "–")]), "Pinned edits", words=tuple(outcomes)
-    ) + fragments.table(said.where(said.notna(), "–"), "What the edited model goes on with", words=tuple(outcomes))
+    return fragments.table(frame, "Pinned edits: before → after, or value") + going_on

@@ -90,7 +90,9 @@ class SettingsForm(VBox):
         world = embedded.MODELS.get(lm.known_as)
         texts = f"{world}-training" if world else ""
         options = [(IN_WORDS.get(name, name), name) for name in METHODS]
-        self.method = Dropdown(options=options, value=method, description="Method", style=WIDE)
+        self.method = Dropdown(
+            options=options, value=method, description="Method", style=WIDE, layout=Layout(width="24em")
+        )
         self.layer = Text(description="Layer", style=WIDE, layout=Layout(width="13em"), continuous_update=False)
         self.key_mode = Dropdown(
             options=[(KEYS_IN_WORDS[mode], mode) for mode in KEY_MODES], description="Keys", style=WIDE
@@ -100,8 +102,8 @@ class SettingsForm(VBox):
         self.second_moment_tokens = Text(
             value="100000", description="C's tokens", style=WIDE, layout=Layout(width="15em"), continuous_update=False
         )
-        choices = [(NO_REGULARISER, None), *((name, name) for name in REGULARISERS)]
-        self.regulariser = Dropdown(options=choices, value=None, description="Regulariser", style=WIDE)
+        choices = [NO_REGULARISER, *REGULARISERS]
+        self.regulariser = Dropdown(options=choices, value=NO_REGULARISER, description="Regulariser", style=WIDE)
         self.more = ToggleButton(description="Hyper-parameters", tooltip="show or hide them")
         self.fields: dict[str, Widget] = {}
         self.arguments: dict[str, Widget] = {}
@@ -147,7 +149,7 @@ class SettingsForm(VBox):
             tokens = _read("C's tokens", self.second_moment_tokens.value, int)
             texts = self.second_moment_texts.value
             settings = Settings(method, changed, True, texts, tokens)
-        if self.regulariser.value is None:
+        if self.regulariser.value == NO_REGULARISER:
             return settings
         arguments = {
             name: _read(name, widget.value, float if default is None else type(default))
@@ -216,7 +218,7 @@ class SettingsForm(VBox):
 
     def _show_regulariser(self, _change=None) -> None:
         self.arguments = {}
-        if self.regulariser.value:
+        if self.regulariser.value != NO_REGULARISER:
             for name, one in inspect.signature(REGULARISERS[self.regulariser.value]).parameters.items():
                 if one.kind is one.KEYWORD_ONLY and name != "like":
                     default = _STARTS.get(name) if one.default is one.empty else one.default

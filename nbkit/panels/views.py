@@ -12,8 +12,6 @@ from nbkit.panels.copying import CopyButton
 from nbkit.panels.sequences import sequences
 from nbkit.studies.one_edit import Outcome
 
-ALT = "losses of the search for v*, next tokens before and after, and the key among those of other requests"
-
 
 class Views(VBox):
     """Buttons that choose a view, and the view. ledger: the widget of that view."""
@@ -44,9 +42,8 @@ class Views(VBox):
     def show_outcome(self, found: Outcome, title: str, among: pd.DataFrame | None) -> None:
         """An edit of the settings `title`; among: as for `outcome.figure`."""
         asked = f"“{found.request.text}” → “{found.request.target_new}”"
-        figure = fragments.figure(outcome.figure(found, among), ALT)
         about = f"<p>{fragments.escape(f'{title}: {asked}')}</p>"
-        self.outcome.value = about + outcome.summary(found) + outcome.texts(found) + figure
+        self.outcome.value = about + outcome.shown(found, among)
 
     def show_pinned(self, pinned: Mapping[str, Outcome]) -> None:
         nothing = fragments.note("Nothing is pinned: press Pin after an edit, then edit with other settings.")

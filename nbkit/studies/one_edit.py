@@ -43,7 +43,8 @@ class Outcome:
         (the new target, or the neighbour's own), and before and after the edit: probability of the whole answer, rank
         of its first token among all (1: the likeliest; NaN where the model gives no numbers), says (the likeliest
         token).
-    next_tokens: token, before, after: the likeliest next tokens at the prompt, before or after, and the target's first.
+    next_tokens: token, of_target, before, after: the likeliest next tokens at the prompt, before or after the edit, and
+        the new target's first, of_target.
     said: one row a prompt: prompt, before, after: what the model goes on with by itself, greedily.
     metrics: one row of `edit_metrics` before, one after.
     perplexity: of the held-out texts: unedited (without any edit), before, after.
@@ -174,8 +175,10 @@ def _answers(lm: LanguageModel, asked: pd.DataFrame) -> tuple[pd.DataFrame, np.n
 def _next_tokens(lm: LanguageModel, request: EditRequest, before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
     both = pd.DataFrame({"before": before, "after": after})
     likeliest = [token for when in both for token in both[when].nlargest(N_LIKELIEST).index]
-    both = both.loc[list(dict.fromkeys([target_ids(lm, request.target_new)[0], *likeliest]))]
+    first = target_ids(lm, request.target_new)[0]
+    both = both.loc[list(dict.fromkeys([first, *likeliest]))]
     both.insert(0, "token", [lm.tokenizer.decode([token]) for token in both.index])
+    both.insert(1, "of_target", both.index == first)
     return both.sort_values("after", ascending=False, kind="stable", ignore_index=True)
 
 
