@@ -16,6 +16,8 @@ from importlib import import_module
 _NAMES = {
     "requests": "request_browser",
     "RequestBrowser": "request_browser",
+    "ledger": "ledger_view",
+    "sequences": "sequence_view",
 }
 __all__ = [*_NAMES]
 
