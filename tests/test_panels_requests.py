@@ -1,4 +1,4 @@
-"""The table of requests: what it shows is what the functions say, and one request is chosen, by row, by name or one's own."""
+"""The table of requests shows what the functions say, and one is chosen: by row, by name, or one's own."""
 
 import threading
 

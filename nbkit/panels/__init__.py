@@ -18,6 +18,8 @@ _NAMES = {
     "explore": "explorer",
     "requests": "request_browser",
     "RequestBrowser": "request_browser",
+    "ledger": "ledger_view",
+    "sequences": "sequence_view",
 }
 __all__ = [*_NAMES]
 

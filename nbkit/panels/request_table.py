@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from itables import JavascriptFunction
 from itables.widget import ITable
 
 from nbkit.models.language_model import LanguageModel
@@ -22,11 +23,21 @@ COLUMNS = {
     "risk": ("risk", 9),
     "signed_denominator": ("denominator", 11),
 }
+# DataTables moves about by arrow keys, and leaves to the page what Enter does. A drawCallback, since the widget does not
+# evaluate an initComplete.
+ENTER_CHOOSES = JavascriptFunction(
+    """function () {
+        this.api().off("key.nbkit").on("key.nbkit", (event, table, key, cell) => {
+            if (key === 13) { table.row(cell.index().row).select(); }
+        });
+    }"""
+)
 LOOK = {
     "maxBytes": 0,  # all rows are in the browser: of a sample of them the rest would not be found
     "maxRows": 0,
     "select": "single",
     "keys": True,
+    "drawCallback": ENTER_CHOOSES,
     "showIndex": False,
     "classes": "display compact nbkit-requests",
     "style": "table-layout:fixed;width:100%;margin:0",
@@ -38,6 +49,8 @@ LOOK = {
 }
 STYLE = """<style>
 .nbkit-requests td { overflow-wrap: anywhere; white-space: normal; }
+.itables_anywidget:has(.nbkit-requests), .itables_anywidget .dt-container:has(.nbkit-requests) {
+  background: transparent; }
 </style>"""
 
 
