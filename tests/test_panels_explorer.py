@@ -74,8 +74,10 @@ def test_kept_edits_stack_and_are_undone(explorer):
         assert lm.n_applied == number + 1 and f"carries {number + 1} edit" in explorer.state.value
     explorer.keep()
     assert "in the model already" in explorer.words.value and lm.n_applied == 2
-    lm.undo(2)
-    assert lm.hash == before
+    explorer.ledger.undo_all.click()
+    done(explorer)
+    assert lm.hash == before and "unedited" in explorer.state.value
+    assert str(explorer.code).endswith("lm.undo(2)\n")
 
 
 def test_an_edit_made_for_another_state_is_not_kept(explorer):

@@ -20,7 +20,7 @@ from nbkit.panels import fragments
 from nbkit.panels.code import Code
 from nbkit.panels.jobs import Cancelled, Job, jobs_of
 from nbkit.panels.key_map import KeyMap
-from nbkit.panels.ledger import ledger
+from nbkit.panels.ledger_view import LedgerView
 from nbkit.panels.request_browser import requests as browse
 from nbkit.panels.settings import Settings, SettingsForm
 from nbkit.panels.views import Views
@@ -91,10 +91,11 @@ class Explorer(VBox):
         self.lm, self.data, self.texts, self.settings, self.browser = lm, data, texts, form, browser
         self.key_map = KeyMap(lm, browser.requests)
         self.outcome: Outcome | None = None
+        self._n_kept = lm.n_applied
         self.pinned: dict[str, Outcome] = {}
         self.rows: list[dict[str, Any]] = []
         self.code = Code(lm.name, data if isinstance(data, str) else None, self.texts_name, self.n_texts)
-        self.ledger = ledger(lm)
+        self.ledger = LedgerView(lm)
         self.ledger.on_change(self._after_undo)
         self.views = Views(self.ledger)
         self.views.show_code(self.code)
@@ -177,6 +178,7 @@ class Explorer(VBox):
 
         def show(_found):
             self.code.apply()
+            self._n_kept = self.lm.n_applied
             self.ledger.refresh()
             self.views.show_code(self.code)
             self.views.choose("Ledger")
@@ -288,10 +290,11 @@ class Explorer(VBox):
         text = f"{self.lm.title} ({shape}): {carries}; hash {self.lm.hash[:12]}"
         self.state.value = f'<div role="status" class="nbkit-state">{fragments.escape(text)}</div>'
 
-    def _after_undo(self, n_undone: int) -> None:
-        if n_undone:
-            self.code.undo(n_undone)
+    def _after_undo(self) -> None:
+        if self._n_kept > self.lm.n_applied:  # less, if other cells applied edits meanwhile
+            self.code.undo(self._n_kept - self.lm.n_applied)
             self.views.show_code(self.code)
+        self._n_kept = self.lm.n_applied
         self._show_state()
 
 

@@ -9,7 +9,7 @@ from ipywidgets import ToggleButtons, VBox, Widget
 from nbkit.panels import fragments, outcome, sweeps
 from nbkit.panels.code import Code
 from nbkit.panels.copying import CopyButton
-from nbkit.panels.sequences import sequences
+from nbkit.panels.sequence_view import sequences
 from nbkit.studies.one_edit import Outcome
 
 
