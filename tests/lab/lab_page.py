@@ -54,7 +54,7 @@ class LabPage:
             ) from None
 
     def cells(self) -> list[dict]:
-        """All cells in order: is_code, prompt; errors and stderr as texts; images as [width, height] of themselves;
+        """All cells in order: is_code, prompt; tracebacks as texts; images as [width, height] of themselves;
         lacking as [what, pixels that it is wider than its place], of outputs and whatever scrolls in them.
         """
         self.page.wait_for_function("() => [...document.images].every(image => image.complete)")

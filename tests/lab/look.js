@@ -1,15 +1,17 @@
 // What stands on a page of JupyterLab with one notebook open; lab_page.py asks for it.
 window.look = (() => {
     const all = (what, within = document) => [...within.querySelectorAll(what)];
-    const error = '[data-mime-type="application/vnd.jupyter.error"]';
+    const texts = (what, within) => all(what, within).map(one => one.innerText);
+    // Lab renders the error of a cell as what it wrote to stderr
+    const tracebacks = within => texts('[data-mime-type$=stderr], [data-mime-type$=error]', within)
+        .filter(text => text.includes('Traceback'));
     const lacking = one => [one.className || one.tagName, one.scrollWidth - one.clientWidth];
     const scrolls = one => ['auto', 'scroll'].includes(getComputedStyle(one).overflowX);
 
     const cells = () => all('.jp-Notebook .jp-Cell').map(cell => ({
         is_code: cell.classList.contains('jp-CodeCell'),
         prompt: all('.jp-InputPrompt', cell)[0]?.textContent ?? '',
-        errors: all(error, cell).map(one => one.innerText),
-        stderr: all('.jp-RenderedText[data-mime-type*=stderr]', cell).map(one => one.innerText),
+        tracebacks: tracebacks(cell),
         images: all('.jp-OutputArea img', cell).map(one => [one.naturalWidth, one.naturalHeight]),
         lacking: [
             ...all('.jp-OutputArea-output, .jp-MarkdownOutput', cell),
@@ -21,7 +23,7 @@ window.look = (() => {
 
     const progress = () => ({
         prompts: all('.jp-Notebook .jp-CodeCell .jp-InputPrompt').map(one => one.textContent),
-        failed: all(`.jp-Notebook ${error}`).length > 0,
+        failed: tracebacks().at(-1),
         dialog: all('.jp-Dialog')[0]?.innerText,
         status: all('#jp-main-statusbar')[0]?.innerText ?? '',
     });

@@ -22,8 +22,7 @@ def test_it_runs_and_shows_everything(name, open_notebook, server):
     shown = open_notebook(name, parameters=SMALLER.get(name))
     shown.run_all()
     cells = shown.cells()
-    assert [text for cell in cells for text in cell["errors"]] == []
-    assert [text for cell in cells for text in cell["stderr"] if "Traceback" in text] == []
+    assert [text for cell in cells for text in cell["tracebacks"]] == []
     assert [cell["prompt"] for cell in cells if cell["is_code"] and not re.search(r"\d", cell["prompt"])] == []
 
     notebook = json.loads((server.notebooks / f"{name}.ipynb").read_text(encoding="utf-8"))
