@@ -12,11 +12,11 @@ OF_LAB := metadata.widgets metadata.papermill cell.metadata.papermill cell.metad
           $(foreach key,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version,metadata.language_info.$(key))
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab filter miniworld clean
+.PHONY: help figures test test-lab lab filter miniworld clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 figures: $(STAMP) ## run every notebook on the embedded model; writes figures/ and runs/
 	$(RUN) -m nbkit figures
@@ -25,8 +25,11 @@ test: $(STAMP) ## lint, then run the tests
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
-lab: $(STAMP) filter ## open the notebooks in JupyterLab
-	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser (Chromium), and look at it; best after figures
+	$(RUN) -m pytest tests/lab
+
+lab: $(STAMP) filter ## open the notebooks in JupyterLab, at the explorer
+	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_explore_one_edit.ipynb
 
 # What JupyterLab writes into a notebook that is opened, run and saved is no change of it for git.
 filter:
