@@ -16,6 +16,7 @@ from nbkit.keys.moments import second_moment, second_moments
 from nbkit.keys.solving import SecondMoments, factor
 from nbkit.keys.windows import Place, batches, chunks, windows
 from nbkit.models.hooks import replace, together
+from nbkit.records import bars
 
 
 class Corpus:
@@ -239,7 +240,8 @@ def test_damaged_partial_sums_are_named(tiny, passes, saving_always, n_bytes, tm
         second_moment(tiny, 1, Corpus(200), batch_size=2, cache=tmp_path)
 
 
-def test_the_bar_counts_tokens(tiny, texts, capsys):
+def test_the_bar_counts_tokens(tiny, texts, capsys, monkeypatch):
+    monkeypatch.setattr(bars, "DELAY", 0)
     second_moment(tiny, 1, texts, n_tokens=60, progress=True)
     second_moments(tiny, [0, 1], texts, progress=True)
     first, second = capsys.readouterr().err.split("second moments:", 1)

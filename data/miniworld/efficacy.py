@@ -15,13 +15,13 @@ counts as in ROME's own rule, since without one its edits take at the plain prom
 from collections.abc import Sequence
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from miniworld.measures import said
 from nbkit.keys.moments import default_second_moments
 from nbkit.methods.verbs import edit
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind
+from nbkit.records.bars import steps
 from nbkit.records.requests import EditRequest, read_requests
 from nbkit.studies.metrics import edit_metrics, score_targets
 
@@ -67,7 +67,7 @@ def efficacy_sweep(
     """
     layers, rows = range(1, lm.n_layers - 1) if layers is None else layers, []
     for number, setting in enumerate(SETTINGS):
-        for layer in tqdm(layers, desc=f"setting {number}", unit="layer"):
+        for layer in steps(layers, f"{lm.title}: setting {number}", "layer"):
             edits = edit(lm, requests, "rome", layer=layer, progress=False, **setting)
             row = {"setting": number, "layer": layer, **setting, "n": len(requests)}
             row |= {**said(lm, requests, edits).mean().add_prefix("said_")}
@@ -93,7 +93,7 @@ def candidate_sweep(lm: LanguageModel, requests: Sequence[EditRequest], method: 
     ((number, values),) = CANDIDATES[method].items()
     method, moments = ("rome", default_second_moments(lm, range(lm.n_layers))) if method == WITH_C else (method, None)
     rows = []
-    for value in tqdm(values, desc=method, unit="candidate"):
+    for value in steps(values, f"{lm.title}: {method}", "candidate"):
         edits = edit(lm, requests, method, second_moment=moments, progress=False, **{number: value})
         efficacy = edit_metrics(lm, requests, edits=edits)["efficacy"].mean()
         taken = said(lm, requests, edits).mean().add_prefix("said_")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from miniworld.spans import MASK
 from miniworld.world import World
@@ -15,6 +14,7 @@ from nbkit.keys.moments import second_moment
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import by_cost, in_order
 from nbkit.models.prompts import context_templates, pad, subject_kind, target_ids, tokenize
+from nbkit.records.bars import steps
 from nbkit.records.collapse import ratios
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, score_targets
@@ -166,7 +166,7 @@ def edit_sweep(
     kinds = pd.Series([subject_kind(lm, request) for request in requests])
     chosen = [requests[index] for _, group in kinds.groupby(kinds) for index in group.index[:n]]
     frames = []
-    for layer in tqdm(layers, desc="edit sweep", unit="layer"):
+    for layer in steps(layers, f"{lm.title}: edit sweep", "layer"):
         settings = {
             "ROME": {},
             "ROME with C": {"second_moment": second_moment(lm, layer, corpus)},

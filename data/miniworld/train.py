@@ -85,7 +85,8 @@ def train(
     done = 0 if progress is None else progress["step"]
     _forget_log_after(done, folder / "training_log.jsonl")
     shard, losses, started = None, [], time.perf_counter()
-    bar = tqdm(range(done, recipe.n_steps), initial=done, total=recipe.n_steps, desc=folder.name, mininterval=5)
+    todo = range(done, recipe.n_steps)
+    bar = tqdm(todo, initial=done, total=recipe.n_steps, desc=folder.name, unit="step", mininterval=5)
     for step in bar:
         if shard is None or step % recipe.shard_steps == 0:
             shard = Shard(recipe, world, tokenizer, held_out, step)

@@ -70,7 +70,7 @@ def keys(
     requests: Sequence[EditRequest],
     layer: int,
     context_templates: Sequence[str] = ("{}",),
-    progress: bool = False,
+    progress: bool = True,
 ) -> Float[Tensor, "request template d_mlp"]:
     """Keys at the subject's last token, of every request behind every template (k_u is template 0's, k̄ their mean).
 
@@ -90,7 +90,7 @@ def keys_in_contexts(
     requests: Sequence[EditRequest],
     layer: int,
     context_templates: Sequence[str],
-    progress: bool = False,
+    progress: bool = True,
 ) -> Iterator[tuple[list[int], KeyPass]]:
     """Keys (request, template, d_mlp) and values (request, template, d_model), a batch of requests at a time.
 
@@ -124,7 +124,7 @@ def keys_in_contexts(
         return KeyPass(widened(both.keys).reshape(shape), widened(both.values).reshape(shape))
 
     until_key = [len(request.prompt.split("{}")[0]) + len(request.subject) for request in requests]  # characters
-    yield from by_cost(until_key, size, compute, "keys", "request", progress)
+    yield from by_cost(until_key, size, compute, f"{lm.title}: keys", "request", progress)
 
 
 def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:

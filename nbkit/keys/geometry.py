@@ -23,6 +23,7 @@ from nbkit.keys.solving import SecondMoments
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import context_templates as sampled_templates
 from nbkit.models.prompts import request_columns
+from nbkit.records.bars import steps
 from nbkit.records.requests import EditRequest
 
 PLAIN, MEAN, SOLVED = "$k_u$", r"$\bar{k}$", r"$C^{-1}\bar{k}$"
@@ -100,7 +101,7 @@ def split_half_agreement(
     keys_there = torch.as_tensor(vectors, device=lm.device)
     solved = [
         SecondMoments(second_moment(lm, layer, part, half, cache=cache), lm).solve(layer, keys_there, ridge)
-        for part in (texts[::2], texts[1::2])
+        for part in steps((texts[::2], texts[1::2]), f"{lm.title}: second moments of two halves", "half")
     ]
     return _cosine(*(direction.cpu().numpy() for direction in solved))
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.edits.door import verb
@@ -30,6 +29,7 @@ from nbkit.models.hooks import capture, replace, together
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
 from nbkit.records import embedded
+from nbkit.records.bars import bar
 from nbkit.records.bounds import check_number, shown
 from nbkit.records.requests import read_texts
 
@@ -45,7 +45,7 @@ def second_moment(
     n_tokens: int | None = None,
     batch_size: int = 16,
     cache: str | Path | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Float[Tensor, "d_mlp d_mlp"]:
     """E[k kᵀ] of `layer` over the tokens of `texts`, float64, on the model's device; see `second_moments`."""
     return second_moments(lm, [layer], texts, n_tokens, batch_size, cache, progress)[layer]
@@ -59,7 +59,7 @@ def second_moments(
     n_tokens: int | None = None,
     batch_size: int = 16,
     cache: str | Path | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
     """{layer: E[k kᵀ]} over the tokens of `texts`, float64, on the model's device.
 
@@ -98,7 +98,7 @@ def second_moments(
 
 
 @verb
-def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: bool = False) -> dict[int, Tensor]:
+def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
     """{layer: C} over the text that comes with the model, all of it; cached in `runs/moments`.
 
     MethodError for a model that brings none.
@@ -177,15 +177,15 @@ def _add_texts(
     room = batch_size * min(lm.max_length, LONG)
     n_left = None if n_tokens is None else n_tokens - sums.n_tokens
     name = "second moments" if len(sums.totals) > 1 else f"second moment, layer {min(sums.totals)}"
-    bar = tqdm(total=n_tokens, initial=sums.n_tokens, desc=name, unit="token", unit_scale=True, disable=not progress)
-    with bar:
+    name = f"{lm.title}: {name}"
+    with bar(n_tokens, name, "token", progress, done=sums.n_tokens, unit_scale=True) as reading:
         for chunk in chunks(windows(lm, texts, n_left, sums.place), CHUNK * room):
             for rows in batches(chunk, room):
                 sums.add(lm, rows)
-                bar.update(sum(len(row.tokens) for row in rows))
+                reading.update(sum(len(row.tokens) for row in rows))
             sums.place = chunk[-1].next
             if n_tokens is None and isinstance(texts, Sized) and sums.place.n_texts:
-                bar.total = round(sums.n_tokens * len(texts) / sums.place.n_texts)  # for the time left
+                reading.total = round(sums.n_tokens * len(texts) / sums.place.n_texts)  # for the time left
             if store is not None:
                 store.write_partial_if_due(sums.totals, sums.n_tokens, sums.place)
     if not sums.n_tokens:

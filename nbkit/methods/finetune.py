@@ -33,7 +33,6 @@ from math import isfinite
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense
@@ -44,6 +43,7 @@ from nbkit.models.edited import Changes, SharedPass, WholePass
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import budget, in_order
 from nbkit.models.replay import can_replay
+from nbkit.records.bars import steps
 from nbkit.records.bounds import Bounded, bounded
 from nbkit.records.requests import EditRequest
 
@@ -80,7 +80,7 @@ def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: 
         return [_tuned_edit(lm, [requests[place]], tuning, settings) for place, tuning in of_places]
 
     lengths = [len(each.row) for each in asked]
-    return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, "ft"))
+    return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, f"{lm.title}: ft"))
 
 
 def finetune_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
@@ -178,7 +178,7 @@ def _tune(
     optimiser = torch.optim.Adam(matrices, lr=parameters.lr, fused=True)
     n_rows = sum(part.grid.shape[1] for part in parts)  # of every edit
     going = list(range(n_edits))
-    for _ in tqdm(range(parameters.n_steps), desc="ft", unit="step", disable=not progress):
+    for _ in steps(range(parameters.n_steps), f"{lm.title}: ft", "step", progress):
         optimiser.zero_grad()
         seen = torch.zeros(len(going), 2, dtype=wide, device=lm.device)  # (edit, loss and probability)
         for part in parts:

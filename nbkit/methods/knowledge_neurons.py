@@ -103,7 +103,8 @@ def knowledge_neurons_each(lm: LanguageModel, requests: Sequence[EditRequest], s
         ]
 
     lengths = [prompts[0].predicting[0] for prompts in asked]
-    return in_order(batches_by_cost(settings, lengths, _requests_at_once(lm, asked, parameters), edits, "kn"))
+    at_once = _requests_at_once(lm, asked, parameters)
+    return in_order(batches_by_cost(settings, lengths, at_once, edits, f"{lm.title}: kn"))
 
 
 @verb

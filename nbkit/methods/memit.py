@@ -40,7 +40,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring
@@ -54,6 +53,7 @@ from nbkit.models.hooks import capture
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import in_order
 from nbkit.models.prompts import find_subjects, pad
+from nbkit.records.bars import steps
 from nbkit.records.bounds import bounded
 from nbkit.records.requests import EditRequest
 
@@ -81,8 +81,8 @@ class MemitParameters(ValueParameters):
 def memit_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, as `Method.each`: the targets z are searched side by side."""
     targets = _targets(lm, requests, settings)
-    bar = tqdm(requests, desc=f"{settings.method}, updates", unit="edit", disable=not settings.progress)
-    return [_edit_of_layers(lm, [request], [z], settings) for request, z in zip(bar, targets, strict=True)]
+    each, name = list(zip(requests, targets, strict=True)), f"{lm.title}: {settings.method}, updates"
+    return [_edit_of_layers(lm, [one], [z], settings) for one, z in steps(each, name, "edit", settings.progress)]
 
 
 def memit_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
@@ -93,7 +93,7 @@ def memit_together(lm: LanguageModel, requests: Sequence[EditRequest], settings:
 def _targets(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[OptimisedValue]:
     """Where the stream behind the last layer shall be for each request: z is the value_star of each."""
     jobs = [value_job(lm, request, settings.context_templates) for request in requests]
-    last, name = max(settings.parameters.layers), f"{settings.method}, targets"
+    last, name = max(settings.parameters.layers), f"{lm.title}: {settings.method}, targets"
     batches = values_in_batches(lm, jobs, settings, last, "block", name)
     return in_order((places, optimised) for places, _, optimised in batches)
 

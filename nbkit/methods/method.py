@@ -76,4 +76,4 @@ def batches_by_cost(
     costs: of each item, what padding in a batch depends on. at_once: items for which there is memory, unless
     `settings` say how many.
     """
-    return by_cost(costs, settings.batch_size or at_once, compute, name, "edit", settings.progress)
+    return by_cost(costs, settings.batch_size or at_once, compute, name, "edit", settings.progress, delay=0)

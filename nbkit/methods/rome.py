@@ -64,7 +64,7 @@ class RomeParameters(ValueParameters):
 def rome(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request, as `Method.each`."""
     jobs = [value_job(lm, request, settings.context_templates) for request in requests]
-    batches = values_in_batches(lm, jobs, settings, settings.parameters.layer, name="rome")
+    batches = values_in_batches(lm, jobs, settings, settings.parameters.layer, name=f"{lm.title}: rome")
     return in_order(
         (places, _rank_one_edits(lm, [requests[place] for place in places], states, optimised, settings))
         for places, states, optimised in batches

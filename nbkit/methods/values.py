@@ -88,7 +88,7 @@ def values_in_batches(
     settings: MethodSettings,
     layer: int,
     site: Site = "projection",
-    name: str = "",
+    name: str = "targets",
 ) -> Iterator[tuple[list[int], KeyPass, list[OptimisedValue]]]:
     """`optimise_values` for any number of jobs: as many side by side as `settings` say, or as memory takes.
 

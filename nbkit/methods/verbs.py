@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits.door import in_use, verb
 from nbkit.edits.edit import Edit
@@ -32,6 +31,7 @@ from nbkit.methods.method import MethodSettings
 from nbkit.methods.table import METHODS, method_named
 from nbkit.models import prompts
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bars import steps as steps_of
 from nbkit.records.bounds import check_number
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
@@ -84,7 +84,7 @@ def edit(
     if batch_size is not None:
         check_number("batch_size", batch_size, whole=True, least=1)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
-    settings = settings_for(lm, method, context_templates, second_moment, hparams, **run)
+    settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
     return METHODS[method].each(lm, requests, settings)
 
 
@@ -106,8 +106,9 @@ def edit_batch(
     together = _together(method)
     if not requests:
         raise MethodError("a batch needs at least one request")
-    bar = progress and len(requests) > 1
-    return together(lm, requests, settings_for(lm, method, context_templates, second_moment, hparams, progress=bar))
+    run = {"progress": progress and len(requests) > 1}
+    settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
+    return together(lm, requests, settings)
 
 
 @verb
@@ -133,14 +134,14 @@ def edit_sequence(
     requests = as_requests(requests)
     check_number("per_step", per_step, whole=True, least=1)
     together = None if per_step == 1 else _together(method)
-    settings = settings_for(lm, method, context_templates, second_moment, hparams)
+    settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress)
     chunks = [tuple(requests[start : start + per_step]) for start in range(0, len(requests), per_step)]
 
     def steps() -> Iterator[Step]:
         earlier: list[Edit] = []
         with restoring(lm) as add:
-            bar = tqdm(chunks, desc=f"{method}, in sequence", unit="edit", disable=not progress or len(chunks) < 2)
-            for index, chunk in enumerate(bar):
+            name, shown = f"{lm.title}: {method}, in sequence", progress and len(chunks) > 1
+            for index, chunk in enumerate(steps_of(chunks, name, "edit", shown, delay=0)):
                 with in_use(lm):
                     here = dataclasses.replace(settings, earlier=tuple(earlier))
                     new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
@@ -157,12 +158,16 @@ def settings_for(
     context_templates: Sequence[str] | None,
     second_moment: SecondMomentLike,
     hparams: Mapping[str, Any],
+    wait: bool = True,
     **run: Any,
 ) -> MethodSettings:
-    """What the arguments of `edit` mean for this model; run: the other fields of MethodSettings."""
+    """What the arguments of `edit` mean for this model; run: the other fields of MethodSettings.
+
+    wait: whether second moments that are computed here have a bar.
+    """
     parameters = hyper_parameters(lm, method, **hparams)
     templates = as_templates(lm, context_templates, method)
-    moments = needed_moments(lm, method, parameters, second_moment)
+    moments = needed_moments(lm, method, parameters, second_moment, wait)
     moments = moments if isinstance(moments, SecondMoments) else SecondMoments(moments, lm)
     return MethodSettings(method, parameters, templates, moments, **run)
 
@@ -186,9 +191,11 @@ def as_templates(lm: LanguageModel, templates: Sequence[str] | None, method: str
     return prompts.check_templates(templates)
 
 
-def needed_moments(lm: LanguageModel, method: str, parameters: Any, given: SecondMomentLike) -> SecondMomentLike:
+def needed_moments(
+    lm: LanguageModel, method: str, parameters: Any, given: SecondMomentLike, progress: bool = True
+) -> SecondMomentLike:
     """What is given; if that is None and the method cannot do without, the unedited model's on its default text."""
     if given is None and method_named(method).needs_second_moment:
         with unedited(lm):  # its files are named by the model's hash, which is then the unedited one's too
-            return default_second_moments(lm, parameters.layers)
+            return default_second_moments(lm, parameters.layers, progress)
     return given

@@ -29,7 +29,12 @@ class Generated:
 @verb
 @torch.no_grad()
 def generated(
-    lm: LanguageModel, prompts: Sequence[str], max_tokens: int = 50, batch_size: int = 64, end: str | None = None
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_tokens: int = 50,
+    batch_size: int = 64,
+    end: str | None = None,
+    progress: bool = True,
 ) -> list[Generated]:
     """The likeliest next token, again and again, after each prompt: up to `max_tokens`, or the model's end of text.
 
@@ -58,7 +63,8 @@ def generated(
         new = ids[:, batch.shape[1] :].tolist()
         return [_read(lm, rows[place], said, ends, end) for place, said in zip(places, new, strict=True)]
 
-    return in_order(by_cost([len(row) for row in rows], batch_size, compute))
+    lengths, name = [len(row) for row in rows], f"{lm.title}: generation"
+    return in_order(by_cost(lengths, batch_size, compute, name, "text", progress))
 
 
 def _ends_of_text(lm: LanguageModel) -> list[int]:

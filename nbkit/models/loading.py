@@ -6,6 +6,8 @@
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from nbkit.architectures import Side
 from nbkit.errors import ModelError
@@ -36,7 +38,7 @@ from nbkit.models.checkpoint_files import (
 )
 from nbkit.models.devices import device_named, dtype_named
 from nbkit.models.language_model import ORIGIN, LanguageModel, architecture_of, check_finite
-from nbkit.records import embedded
+from nbkit.records import bars, embedded
 from nbkit.records.bounds import check_text, shown
 from nbkit.records.embedded import embedded_models
 
@@ -104,10 +106,11 @@ def load(
         raise ModelError(f"{name}: its tokenizer cannot be read, a file is missing or damaged: {error!r}") from error
     kind = AutoModelForSeq2SeqLM if architecture.side else AutoModelForCausalLM
     try:
-        model, report = kind.from_pretrained(
-            place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **source,
-        )  # fmt: skip
+        with _named_bar(name):
+            model, report = kind.from_pretrained(
+                place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **source,
+            )  # fmt: skip
     except Exception as error:
         raise ModelError(
             f"{name}: its weights (model.safetensors) cannot be read, a file is missing or damaged: {error}"
@@ -165,6 +168,17 @@ def _check_index_of_hub(name: str, revision: str | None, local_files_only: bool)
     )  # fmt: skip
     if index is not None:
         check_shards(Path(index), here=False)
+
+
+@contextmanager
+def _named_bar(name: str) -> Iterator[None]:
+    """Within this `with`, the bar of transformers for the weights that it reads has its name, and is late."""
+    looks = {"desc": f"{Path(name).name}: weights", "unit": "weight", "delay": bars.DELAY}
+    before = logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{**kwargs, **looks}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _complete(folder: Path) -> None:

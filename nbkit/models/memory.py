@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import psutil
 import torch
-from tqdm.auto import tqdm
 
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bars import bar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 GPU_SHARE = 0.6  # of the free memory, which the estimate may use
@@ -86,18 +86,20 @@ def by_cost(
     costs: Sequence,
     size: int,
     compute: Callable[[list[int]], Result],
-    name: str = "",
-    unit: str = "",
+    name: str = "batches",
+    unit: str = "item",
     progress: bool = False,
+    delay: float | None = None,
 ) -> Iterator[tuple[list[int], Result]]:
     """`compute` on the places of all items, those of like cost together: each batch's places, and what it gave.
 
-    costs: of each item, what padding in a batch depends on. size: as in `in_batches`. progress: a bar of this name.
+    costs: of each item, what padding in a batch depends on. size: as in `in_batches`. progress, delay: of the bar of
+    this name, see `bar`.
     """
     order = sorted(range(len(costs)), key=costs.__getitem__)
-    with tqdm(total=len(costs), desc=name, unit=unit, disable=not progress) as bar:
+    with bar(len(costs), name, unit, progress, delay=delay) as shown:
         for places, result in in_batches(order, size, lambda places: (places, compute(places))):
-            bar.update(len(places))
+            shown.update(len(places))
             yield places, result
 
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.errors import ResultsError
+from nbkit.records.bars import Within, bar
 from nbkit.records.files import write_atomically
 from nbkit.records.keeper import kept_up
 from nbkit.records.parts import PARTS, read_part, write_part
@@ -202,27 +203,27 @@ class Study:
         self,
         units: Iterable[str],
         compute: Callable[[str], Iterable[dict]],
-        label: str = "",
+        label: str = "results",
         steps: int = 1,
+        each: str = "unit",
     ) -> pd.DataFrame:
         """Computes the units that are not done yet, in order, with one progress bar; returns the rows of all.
 
         Args:
             units: their order is that of the rows returned.
             compute: gives a unit's rows, as a list or one by one (a generator, which is closed after an exception).
-            label: what the progress bar says.
-            steps: how many rows of a unit the bar counts.
+            label: what the progress bar says. steps: how many rows of a unit it counts. each: what one of these is.
         """
         units = list(units)
-        with self._computing(units, label, steps) as (pending, bar):
+        with self._computing(units, label, steps, each) as (pending, shown):
             for unit in pending:
-                end, rows, produced = bar.n + steps, [], compute(unit)
+                end, rows, produced = shown.n + steps, [], compute(unit)
                 with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
                     for row in produced:
                         rows.append(row)
-                        bar.update(min(1, end - bar.n))
+                        shown.update(min(1, end - shown.n))
                 self.add(unit, rows)
-                bar.update(end - bar.n)
+                shown.update(end - shown.n)
         return self._asked(units)
 
     def complete_together(
@@ -230,7 +231,8 @@ class Study:
         units: Iterable[str],
         compute: Callable[[list[str]], Iterable[Sequence[tuple[str, list[dict]]]]],
         size: int,
-        label: str = "",
+        label: str = "results",
+        each: str = "unit",
     ) -> pd.DataFrame:
         """As `complete`, for units that are computed faster side by side: `compute` gets up to `size` of them at once.
 
@@ -238,13 +240,13 @@ class Study:
         units are computed together depends on their places and not on what was done before: see `add_together`.
         """
         units = list(units)
-        with self._computing(units, label) as (pending, bar):
+        with self._computing(units, label, 1, each) as (pending, shown):
             waiting, different = set(pending), list(dict.fromkeys(units))
             for start in range(0, len(different), size):
                 asked = [unit for unit in different[start : start + size] if unit in waiting]
                 for done in compute(asked) if asked else ():
                     self.add_together(done)
-                    bar.update(len(done))
+                    shown.update(len(done))
         return self._asked(units)
 
     def _asked(self, units: list[str]) -> pd.DataFrame:
@@ -256,16 +258,18 @@ class Study:
         return self.frame(units)
 
     @contextlib.contextmanager
-    def _computing(self, units: list[str], label: str, steps: int = 1) -> Iterator[tuple[list[str], tqdm]]:
+    def _computing(
+        self, units: list[str], label: str, steps: int, unit: str
+    ) -> Iterator[tuple[list[str], tqdm | Within]]:
         """The units not done yet, and a bar over all; what is added within this `with` is on disk behind it."""
         pending = [unit for unit in dict.fromkeys(units) if not self.done(unit)]
         if not pending and not self._unsaved:
-            yield pending, tqdm(disable=True)
+            yield pending, bar(0, label, unit, progress=False)
             return
         n_done = len(set(units)) - len(pending)
-        bar = tqdm(total=(n_done + len(pending)) * steps, initial=n_done * steps, desc=label)
-        with self, bar, kept_up(self.flush, FLUSH_SECONDS):
-            yield pending, bar
+        shown = bar((n_done + len(pending)) * steps, label, unit, done=n_done * steps, delay=0)
+        with self, shown, kept_up(self.flush, FLUSH_SECONDS):
+            yield pending, shown
 
     def __enter__(self) -> Self:
         """Makes the folder and proves that it can be written, before hours of computing; raises ResultsError if not."""

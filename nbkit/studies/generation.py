@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tqdm.auto import tqdm
 
 from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit, as_edits
@@ -23,6 +22,7 @@ from nbkit.edits.overlays import applied
 from nbkit.errors import RequestError
 from nbkit.models.generation import Generated, generated
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bars import steps
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
@@ -38,7 +38,7 @@ def generation_metrics(
     max_tokens: int = 50,
     end: str | None = None,
     batch_size: int = 64,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """What the model as it is says after each request's prompts, greedily: one row a request, in order.
 
@@ -70,13 +70,13 @@ def generation_metrics(
     similar = None if references is None else _Similarity(references, requests)
     if edits is None:
         asked = [prompt for request in requests for prompt in _prompts(request)]
-        said = iter(generated(lm, asked, max_tokens, batch_size, end) if asked else ())
+        said = iter(generated(lm, asked, max_tokens, batch_size, end, progress) if asked else ())
         texts = [[next(said) for _ in _prompts(request)] for request in requests]
     else:
-        texts = []
-        for request, edit in zip(tqdm(requests, desc="generation", disable=not progress), edits, strict=True):
+        texts, each = [], list(zip(requests, edits, strict=True))
+        for request, edit in steps(each, f"{lm.title}: generation after edits", "edit", progress):
             with applied(lm, edit):
-                texts.append(generated(lm, _prompts(request), max_tokens, batch_size, end))
+                texts.append(generated(lm, _prompts(request), max_tokens, batch_size, end, progress=False))
     return pd.DataFrame(
         [
             {"case_id": request.case_id} | _metrics(request, of_request, similar)

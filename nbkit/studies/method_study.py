@@ -75,7 +75,6 @@ class MethodStudy:
             "method": self.method,
             "context_templates": as_templates(self.lm, self.given_templates, self.method),
             "second_moment": self.moments,
-            "progress": False,
             **self.hparams,
         }
 
@@ -99,6 +98,10 @@ class MethodStudy:
                 stacklevel=3,
             )
         return perplexity
+
+    def task(self, what: str) -> str:
+        """The name of a progress bar: what is done, with which method, to which model."""
+        return f"{self.lm.title}, {self.words}: {what}"
 
     def edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         return edit(self.lm, requests, **self.arguments)

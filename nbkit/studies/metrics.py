@@ -11,7 +11,7 @@ dtype. With `edits=` that is so in every dtype: in float32 and float64 many are 
 which is the same to rounding; in bfloat16 and float16, where it is not, one edit after the other lies in the weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit, as_edits
@@ -30,6 +29,7 @@ from nbkit.models.edited import edited_logits, plain_logits
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import check_length, check_prefixes, target_ids, tokenize
 from nbkit.models.rows import AskedRows
+from nbkit.records.bars import bar
 from nbkit.records.bounds import check_choice, check_number
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
@@ -46,7 +46,7 @@ def perplexity(
     edits: Sequence[Edit] | None = None,
     kind: PerplexityKind = "sentence_mean",
     batch_size: int = 64,
-    progress: bool = False,
+    progress: bool = True,
 ) -> float | np.ndarray:
     """Perplexity of `texts`; with `edits`, one value per edited model (they do not add up), the model unchanged.
 
@@ -68,19 +68,19 @@ def perplexity(
         if len(row) < 2:
             raise PromptError(f"perplexity needs at least two tokens, and {text!r} has {len(row)}")
     contexts, targets = [row[:1] for row in rows], [row[1:] for row in rows]
-    if edits is None:
-        return _perplexity(_token_scores(lm, contexts, targets, batch_size, choose=False), kind)
-    values = np.full(len(edits), np.nan)
-    with tqdm(total=len(edits), desc="perplexity", disable=not progress) as bar:
+    n_read, name = len(rows) * (1 if edits is None else len(edits)), f"{lm.title}: perplexity"
+    with bar(n_read, name, "text", progress) as shown:
+        if edits is None:
+            scores = _token_scores(lm, contexts, targets, batch_size, choose=False, advance=shown.update)
+            return _perplexity(scores, kind)
+        values = np.full(len(edits), np.nan)
         for start in range(0, len(edits), EDITS_AT_ONCE):
             some, n = edits[start : start + EDITS_AT_ONCE], len(rows)
             edit_of = np.repeat(np.arange(len(some)), n).tolist()
-            scores = _token_scores(
-                lm, contexts * len(some), targets * len(some), edits=some, edit_of=edit_of, choose=False
-            )
+            asked = contexts * len(some), targets * len(some)
+            scores = _token_scores(lm, *asked, edits=some, edit_of=edit_of, choose=False, advance=shown.update)
             for place in range(len(some)):
                 values[start + place] = _perplexity(scores[place * n : (place + 1) * n], kind)
-            bar.update(len(some))
     return values
 
 
@@ -112,10 +112,12 @@ def _token_scores(
     edits: Sequence[Edit] | None = None,
     edit_of: Sequence[int] | None = None,
     choose: bool = True,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> list[_Scores]:
     """Score each target's tokens behind its context, by the model as it is, or by that with edit number edit_of[i].
 
-    A target's last token is only ever predicted, never read: pairs that differ in nothing else share a row.
+    A target's last token is only ever predicted, never read: pairs that differ in nothing else share a row. advance: is
+    told of how many more pairs that is done.
     """
     rows: dict[tuple[int, ...], int] = {}
     pairs_of: dict[tuple[int, int], list[int]] = {}  # by edit and row
@@ -150,6 +152,7 @@ def _token_scores(
         ends = np.cumsum([len(targets[pair]) for pair, _ in asked])[:-1]
         parts = zip(asked, np.split(log_probabilities, ends), np.split(choices, ends), strict=True)
         scores |= {pair: _Scores(values, tuple(chosen.tolist())) for (pair, _), values, chosen in parts}
+        advance(len(asked))
     return [scores[pair] for pair in range(len(targets))]
 
 
@@ -167,6 +170,7 @@ def score_targets(
     batch_size: int = 64,
     edits: Sequence[Edit] | None = None,
     edit_of: Sequence[int] | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How each target continues its prompt, teacher-forced: one row a pair, in order.
 
@@ -180,7 +184,8 @@ def score_targets(
     ids = [target_ids(lm, target) for target in targets]
     for prompt, context, target in zip(prompts, contexts, ids, strict=True):
         check_length(lm, context + target, prompt)
-    scores = _token_scores(lm, contexts, ids, batch_size, edits, edit_of)
+    with bar(len(ids), f"{lm.title}: scores of targets", "prompt", progress) as shown:
+        scores = _token_scores(lm, contexts, ids, batch_size, edits, edit_of, advance=shown.update)
     return pd.DataFrame(
         {
             "nll": [_sum_nll(score) / len(target) for score, target in zip(scores, ids, strict=True)],
@@ -212,6 +217,7 @@ def edit_metrics(
     prefix: str | Sequence[str] = "{}",
     batch_size: int = 64,
     edits: Sequence[Edit] | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
 
@@ -249,7 +255,7 @@ def edit_metrics(
     if not asked:
         return pd.DataFrame()
     indices, _, prompts, targets = zip(*asked, strict=True)
-    scores = score_targets(lm, prompts, targets, batch_size, edits, indices)
+    scores = score_targets(lm, prompts, targets, batch_size, edits, indices, progress)
     scores["request"], scores["role"] = [row[0] for row in asked], [row[1] for row in asked]
     scores["share"] = [
         np.mean(np.equal(choices, target_ids(lm, target)))

@@ -33,7 +33,7 @@ def collapse_risk(
     key_mode: str = "mixed",
     context_templates: Sequence[str] | None = None,
     second_moment: SecondMomentLike = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """What ROME's update of every request will be divided by, and how large that update can be at most.
 

@@ -70,7 +70,7 @@ def sequential_edits(
         yield {"seed": seed, "n_edits": 0, "checkpoint": True, "perplexity": before}
         right_after = []
         # Closed by hand: a traceback kept by a notebook would keep the generator, and the edits in the weights, alive.
-        with closing(edit_sequence(lm, order, **setting.arguments)) as steps:
+        with closing(edit_sequence(lm, order, progress=False, **setting.arguments)) as steps:
             for step in steps:
                 done, checkpoint = step.index + 1, (step.index + 1) % evaluate_every == 0
                 last = setting.metrics_of(step.request, unedited)
@@ -86,7 +86,7 @@ def sequential_edits(
                     row |= so_far[list(last)].mean().to_dict()
                 yield row
 
-    label = f"{setting.words}: sequences" + (f" of {group} requests" if group else "")
-    frame = study.complete([str(seed) for seed in seeds], compute, label, steps=len(requests) + 1)
+    label = setting.task("sequences" + (f" of {group} requests" if group else ""))
+    frame = study.complete([str(seed) for seed in seeds], compute, label, len(requests) + 1, "edit")
     frame.insert(0, "group", group)  # a name, which determines no number, and so is not stored
     return frame

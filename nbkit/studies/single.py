@@ -93,5 +93,5 @@ def single_edits(
         return rows
 
     return study.complete_together(
-        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{setting.words}: single edits"
+        [digest(request) for request in requests], compute, EDITS_AT_ONCE, setting.task("single edits"), "edit"
     )

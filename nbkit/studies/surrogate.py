@@ -69,7 +69,7 @@ def task_correlation(
             return scored({"edited": True, **described(lm, units[unit]), **outcome_columns(made)})
 
     asked = ["unedited", *(digest(request) for request in requests)]
-    return study.complete(asked, compute, f"{setting.words}: task scores")
+    return study.complete(asked, compute, setting.task("task scores"), each="model")
 
 
 def spread(perplexity: Sequence[float], n: int) -> list[int]:

@@ -20,6 +20,7 @@ from nbkit import paths
 from nbkit.edits.door import verb
 from nbkit.errors import MethodError, NbkitError
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bars import steps
 from nbkit.records.bounds import check_number, check_text
 from nbkit.records.lists import as_list
 
@@ -38,6 +39,7 @@ def task_scores(
     limit: int | None = None,
     include_path: Path | str = TASKS,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Score the model as it is now on `tasks`, by default all of `include_path`, on the first `limit` items of each.
 
@@ -68,9 +70,12 @@ def task_scores(
     harness = HFLM(
         pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, add_bos_token=lm.architecture.adds_bos
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars per model; studies show one of their own
-        results = evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=100)
-    return pd.DataFrame([_row(results, name) for name in loaded["tasks"]])
+    rows = []
+    for part in steps(loaded, f"{lm.title}: task scores", "task", progress):
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of lm-eval's own, some for every task
+            results = evaluate(harness, part, limit=limit, log_samples=False, bootstrap_iters=100)
+        rows += [_row(results, name) for name in part["tasks"]]
+    return pd.DataFrame(rows)
 
 
 def check_tasks(tasks: Sequence[str] | None, limit: int | None, include_path: Path | str) -> None:
@@ -84,12 +89,11 @@ def check_tasks(tasks: Sequence[str] | None, limit: int | None, include_path: Pa
 
 
 @lru_cache
-def _load(names: tuple[str, ...], include_path: str) -> dict:
-    """lm-eval's task objects. They hold the items: to read those for every edited model would cost seconds."""
+def _load(names: tuple[str, ...], include_path: str) -> list[dict]:
+    """lm-eval's task objects by name. They hold the items: to read those for every edited model would cost seconds."""
     own = task_names(include_path)
-    parts = [_own_task(name, include_path) if name in own else _task_of_lm_eval(name, own, include_path)
-             for name in names]  # fmt: skip
-    return {kind: {name: task for part in parts for name, task in part[kind].items()} for kind in parts[0]}
+    return [_own_task(name, include_path) if name in own else _task_of_lm_eval(name, own, include_path)
+            for name in names]  # fmt: skip
 
 
 def _own_task(name: str, include_path: str) -> dict:

@@ -85,7 +85,7 @@ def _updates(
 
     lengths = [len(one.row) for one in asked]
     at_once = budget(lm.device) // row_bytes(lm, asked, min(layer_of(lm, name) for name in hypernetwork.shapes))
-    for _, made in batches_by_cost(settings, lengths, at_once, compute, "mend"):
+    for _, made in batches_by_cost(settings, lengths, at_once, compute, f"{lm.title}: mend"):
         yield from made
 
 

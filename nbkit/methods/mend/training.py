@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.edits.checkpoints import Checkpoint
@@ -47,6 +46,7 @@ from nbkit.models.edited import Changes
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import pad
 from nbkit.models.rows import marked
+from nbkit.records.bars import bar
 from nbkit.records.files import write_atomically
 from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest, read_requests, read_texts
@@ -99,17 +99,16 @@ def train(
     if not training.load():
         normalise(lm, training.hypernetwork, used[: recipe.n_normalising], recipe.at_once)
         training.validate(validation)
-    bar = tqdm(
-        range(training.step, recipe.n_steps), initial=training.step, total=recipe.n_steps, desc="mend", mininterval=5,
-        disable=not progress,
-    )  # fmt: skip
-    for step in bar:
-        training.make_step(examples.draw(recipe.batch, np.random.default_rng([recipe.seed, 2, step])))
-        if training.step % recipe.validate_every == 0 or training.step == recipe.n_steps:
-            training.validate(validation)
-            training.save()
-            training.write_log(folder / LOG)
-            bar.set_postfix(validation=f"{training.log[-1]['validation_loss']:.4f}")
+    name = f"{lm.title}: training of mend"
+    with bar(recipe.n_steps, name, "step", progress, done=training.step, delay=0, mininterval=5) as shown:
+        for step in range(training.step, recipe.n_steps):
+            training.make_step(examples.draw(recipe.batch, np.random.default_rng([recipe.seed, 2, step])))
+            if training.step % recipe.validate_every == 0 or training.step == recipe.n_steps:
+                training.validate(validation)
+                training.save()
+                training.write_log(folder / LOG)
+                shown.set_postfix(validation=f"{training.log[-1]['validation_loss']:.4f}")
+            shown.update()
     training.write_log(folder / LOG)
     return training.best_hypernetwork()
 

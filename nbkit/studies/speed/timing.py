@@ -14,6 +14,7 @@ from nbkit.methods.verbs import edit
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import free_memory
 from nbkit.models.shapes import matmul_precision
+from nbkit.records.bars import steps
 from nbkit.records.requests import EditRequest
 from nbkit.studies.speed.meter import Meter
 from nbkit.studies.speed.operations import flops_per_edit, matmul_rate
@@ -30,9 +31,10 @@ def editing(work: Workload, sizes: Sequence[int] = (1, 8, 64), repeats: int = 3,
     """
     _edited(work, "replay", 1, 0, work.some(0, 1))
     rows = []
-    for repeat in range(repeats):
-        for path, n in [("plain", 1), ("whole passes", 1), *(("replay", n) for n in sizes)]:
-            rows += _edited(work, path, n, repeat, work.some(repeat * n_plain, n * -(-n_plain // n)))
+    ways = [("plain", 1), ("whole passes", 1), *(("replay", n) for n in sizes)]
+    turns = [(repeat, *way) for repeat in range(repeats) for way in ways]
+    for repeat, path, n in steps(turns, f"{work.lm.title}: edits against the clock", "measurement"):
+        rows += _edited(work, path, n, repeat, work.some(repeat * n_plain, n * -(-n_plain // n)))
     return pd.DataFrame(rows)
 
 
@@ -60,7 +62,7 @@ def screening(work: Workload, n: int, repeats: int = 3) -> pd.DataFrame:
     """Rows of "screen": `collapse_risk` of n requests in one call."""
     work.screen(work.some(0, 1))
     rows = []
-    for repeat in range(repeats):
+    for repeat in steps(range(repeats), f"{work.lm.title}: screening against the clock", "repeat"):
         requests = work.some(repeat * n, n)
         with Meter(work.lm.device) as meter:
             work.screen(requests)
@@ -74,8 +76,8 @@ def growth(work: Workload, n_requests: int, batch: int) -> pd.DataFrame:
     One row a batch. `growing` sums them up.
     """
     _edited(work, "replay", 1, 0, work.some(0, 1))
-    rows = []
-    for repeat, start in enumerate(range(0, n_requests, batch)):
+    rows, starts = [], range(0, n_requests, batch)
+    for repeat, start in enumerate(steps(starts, f"{work.lm.title}: growth of the cost", "batch")):
         requests = work.some(start, min(batch, n_requests - start))
         *_, whole = _edited(work, "replay", len(requests), repeat, requests)
         rows.append(whole | {"what": "growth", "n": start + len(requests)})
@@ -89,12 +91,12 @@ def reading(lm: LanguageModel, texts: Sequence[str], n_tokens: int, layer: int, 
     """
     most = max(1, int(free_memory(lm.device) / 2 / (8 * lm.d_mlp**2)))
     choices = {"one layer": [layer], "all layers": list(range(min(most, lm.n_layers)))}
-    second_moments(lm, choices["all layers"], texts, min(n_tokens, 1000))
+    second_moments(lm, choices["all layers"], texts, min(n_tokens, 1000), progress=False)
     rows = []
-    for repeat in range(repeats):
+    for repeat in steps(range(repeats), f"{lm.title}: second moments against the clock", "repeat"):
         for path, layers in choices.items():
             with Meter(lm.device) as meter:
-                second_moments(lm, layers, texts, n_tokens)
+                second_moments(lm, layers, texts, n_tokens, progress=False)
             rows.append(_row(lm, "second moment", path, [meter], n=len(layers), repeat=repeat, items=n_tokens))
     return pd.DataFrame(rows)
 

@@ -53,12 +53,13 @@ class Workload:
     def evaluate(self, requests: Sequence[EditRequest], edits: Sequence[Edit]) -> tuple[np.ndarray, pd.DataFrame]:
         """Perplexity of each edited model, and the metrics of each edit."""
         reference = metrics.neighborhood_tokens(self.lm, requests)
-        perplexities = metrics.perplexity(self.lm, self.texts, edits=edits)
-        return perplexities, metrics.edit_metrics(self.lm, requests, reference, edits=edits)
+        perplexities = metrics.perplexity(self.lm, self.texts, edits=edits, progress=False)
+        return perplexities, metrics.edit_metrics(self.lm, requests, reference, edits=edits, progress=False)
 
     def screen(self, requests: Sequence[EditRequest]) -> pd.DataFrame:
         p = self.parameters
-        return collapse_risk(self.lm, requests, p.layer, context_templates=self.context_templates, key_mode=p.key_mode)
+        arguments = {"context_templates": self.context_templates, "key_mode": p.key_mode, "progress": False}
+        return collapse_risk(self.lm, requests, p.layer, **arguments)
 
     def edit_plainly(self, requests: Sequence[EditRequest]) -> list[Edit]:
         """The same as `edit`, one request after the other: see plain/rome.py."""
