@@ -27,8 +27,11 @@ def explorer(tiny, texts, tmp_path):
 
 
 def done(explorer):
-    explorer.jobs.wait(60)
-    assert explorer.jobs.current is None
+    waited = None
+    while waited is not explorer.jobs:  # those of another model, once that is loaded
+        waited = explorer.jobs
+        waited.wait(60)
+    assert waited.current is None
 
 
 def test_an_edit_on_the_page_is_that_of_the_verb(explorer, texts):
@@ -78,6 +81,30 @@ def test_kept_edits_stack_and_are_undone(explorer):
     done(explorer)
     assert lm.hash == before and "unedited" in explorer.state.value
     assert str(explorer.code).endswith("lm.undo(2)\n")
+
+
+def test_other_requests_and_another_model_are_loaded(explorer, tmp_path, monkeypatch):
+    lm, file = explorer.lm, tmp_path / "own.json"
+    file.write_text('[{"prompt": "{} was born in", "subject": "Ann", "target_new": "Vouda", "case_id": "x"}]')
+    explorer.edit()
+    done(explorer)
+    explorer.data_name.value = str(file)
+    explorer.load_button.click()
+    done(explorer)
+    assert explorer.browser.frame["case_id"].tolist() == ["x"] and explorer.outcome is None and explorer.lm is lm
+    assert explorer.browser.frame["risk"].notna().all()
+    for name, words in (("miniworld-gpt3", "there is no model"), (lm.name, "")):
+        explorer.model_name.value = name
+        explorer.load()
+        done(explorer)
+        assert words in explorer.words.value and explorer.lm is lm
+    other = object.__new__(type(lm))
+    other.__dict__ |= lm.__dict__ | {"name": "other"}
+    monkeypatch.setattr("nbkit.panels.explorer.load", lambda name: other)
+    explorer.model_name.value = "other"
+    explorer.load()
+    done(explorer)
+    assert explorer.lm is other and "other" in explorer.state.value
 
 
 def test_an_edit_made_for_another_state_is_not_kept(explorer):

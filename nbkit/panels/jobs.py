@@ -103,9 +103,14 @@ class Jobs:
             job.cancelled.set()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the thread of the last job is through; what it found is shown once the event loop has its turn."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+        """Until the last job's thread is through, and those that began with its end; each gets so many seconds.
+
+        What they found is shown once the event loop has its turn.
+        """
+        joined = None
+        while self._thread is not joined:
+            joined = self._thread
+            joined.join(timeout)
 
     def _end(self, tell: Callable, what: Any, failed: Callable[[BaseException], None]) -> None:
         self.current = None

@@ -46,6 +46,11 @@ def check_page(page, outcome):
         assert shown == pytest.approx(value if isinstance(value, tuple) else [value], rel=2e-3, abs=1e-6), name
 
 
+def at_top(locator):
+    """Scrolls the page so that this is its first line."""
+    locator.evaluate("one => one.scrollIntoView({block: 'start'})")
+
+
 def edited(page, settings):
     """Presses Edit, and waits for the outcome with these settings' title."""
     button(page, "Edit").click()
@@ -79,11 +84,12 @@ def test_a_person_edits_a_fact(open_notebook, lm):
     assert not consistent.collapsed()
     expect(page.get_by_text("The model survives the edit")).to_be_visible()
     check_page(page, consistent)
+    at_top(button(page, "Edit"))
     settled_screenshot(page, "explorer")
     button(page, "Pin").click()
     compared = page.locator("table", has_text="Pinned edits")
     expect(compared.get_by_role("columnheader", name="2. C-ROME")).to_be_visible(timeout=WAIT)
-    button(page, "Unpin all").scroll_into_view_if_needed()
+    at_top(button(page, "Outcome"))
     settled_screenshot(page, "explorer-compared")
 
     button(page, "Keep in the model").click()
