@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +51,10 @@ class LabServer:
         shutil.copytree(paths.ROOT / "notebooks", self.notebooks, ignore=without_checkpoints)
         for plugin, values in SETTINGS.items():
             self.set(plugin, values)
-        options = ["--no-browser", "--ip=127.0.0.1", "--ServerApp.allow_root=True"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]  # where another takes it meanwhile, the server tries others
+        options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.allow_root=True"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command_of_make_lab(), *options], cwd=self.folder, env=self._environment(),

@@ -10,9 +10,11 @@ from nbkit import paths
 
 NAMES = sorted(path.stem for path in (paths.ROOT / "notebooks").glob("*.ipynb"))
 SLACK = 2  # pixels that rounding may cost
-SMALLER = {  # a notebook that measures times has no stored rows, and would take minutes
+SMALLER = {  # what is timed is not stored, and would take minutes
+    "09_methods_compared": {"n_timed": 2, "n_regularised": 4},
     "10_throughput": {
-        "batch_sizes": [1, 8], "repeats": 1, "n_screened": 16, "n_growth": 16, "growth_batch": 8, "moment_tokens": 2000
+        "n_texts": 5, "batch_sizes": [1, 4], "repeats": 1, "n_screened": 8, "n_growth": 8, "growth_batch": 4,
+        "moment_tokens": 1000,
     },
 }  # fmt: skip
 

@@ -1,13 +1,11 @@
 """`make lab` opens the explorer, whoever is at the keyboard and whatever they have set."""
 
-from playwright.sync_api import expect
-
-from nbkit import paths
+import nbformat
+from lab_page import LabPage
 
 
 def test_it_opens_the_explorer(new_page, server):
-    page = new_page()
-    page.goto(f"{server.url}/?token={server.token}")
-    tab = page.locator(".lm-TabBar-tab.lm-mod-current").get_by_text("00_explore_one_edit.ipynb")
-    expect(tab).to_be_visible(timeout=120_000)
-    assert (paths.ROOT / "notebooks" / "00_explore_one_edit.ipynb").is_file()
+    name = "00_explore_one_edit.ipynb"
+    cells = nbformat.read(server.notebooks / name, nbformat.NO_CONVERT)["cells"]
+    shown = LabPage(new_page(), f"{server.url}/?token={server.token}", len(cells))
+    assert shown.page.locator(".lm-TabBar-tab.lm-mod-current").get_by_text(name).is_visible()
