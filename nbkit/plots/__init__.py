@@ -12,7 +12,7 @@ from nbkit.plots.captions import sources
 from nbkit.plots.key_distributions import embedding_scatter, norm_histogram, similarity_curves, similarity_histogram
 from nbkit.plots.one_edit import loss_curve, one_edit_panels, template_similarity, top_tokens
 from nbkit.plots.risk import risk_distribution
-from nbkit.plots.sequential_edits import sequential_curves
+from nbkit.plots.sequential_edits import sequence_step, sequential_curves
 from nbkit.plots.single_edits import (
     collapse_by_templates,
     collapse_share,
