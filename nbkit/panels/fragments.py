@@ -21,7 +21,7 @@ from nbkit.errors import NbkitError
 STYLE = """<style>
 .nbkit-panel { font-size: var(--jp-ui-font-size1, 13px); line-height: 1.45; color: var(--jp-ui-font-color1, #212121);
   overflow-wrap: break-word; }
-.nbkit-panel .widget-html-content, .nbkit-panel .jupyter-widgets-html-content { line-height: 1.45; }
+.nbkit-panel .widget-html-content { line-height: 1.45; }
 .nbkit-panel table { border-collapse: collapse; margin: 4px 0; }
 .nbkit-panel th, .nbkit-panel td { padding: 2px 8px; border-bottom: 1px solid var(--jp-border-color2, #bdbdbd);
   text-align: right; vertical-align: top; white-space: normal; }

@@ -244,12 +244,13 @@ class RequestBrowser(VBox):
         self.form = RequestForm(self.accept, lambda: self.request)
         wide, half = Layout(flex_flow="row wrap", align_items="center"), Layout(flex="1 1 380px", min_width="0")
         self.drawing.layout, self.words.layout = half, half
+        beside = Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="4px 24px")
         self._parts = [
             fragments.html(fragments.STYLE + STYLE),
             HBox([self.go, self.again, self.bar, self.stop], layout=wide),
             self.notice,
             self.table,
-            HBox([self.words, self.drawing], layout=Layout(flex_flow="row wrap", align_items="flex-start")),
+            HBox([self.words, self.drawing], layout=beside),
             self.form,
         ]
 

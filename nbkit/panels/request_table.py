@@ -23,8 +23,8 @@ COLUMNS = {
     "risk": ("risk", 9),
     "signed_denominator": ("denominator", 11),
 }
-# DataTables moves about by arrow keys, and leaves to the page what Enter does. A drawCallback, since the widget does not
-# evaluate an initComplete.
+# DataTables moves about by arrow keys, and leaves to the page what Enter does. The widget evaluates a drawCallback, but
+# no initComplete.
 ENTER_CHOOSES = JavascriptFunction(
     """function () {
         this.api().off("key.nbkit").on("key.nbkit", (event, table, key, cell) => {

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from nbkit.plots.points import CEILING, Edge
-from nbkit.plots.style import GREY, columns, group_styles, integer_axis, legend_above
+from nbkit.plots.style import BLACK, GREY, columns, group_styles, integer_axis, legend_above
 
 LABELS = {
     "perplexity": "Perplexity",
@@ -65,4 +65,30 @@ def sequential_curves(
         ax.set(ylim=(-0.03, 1.03))
     ax.set(xlabel="Number of edits", ylabel=LABELS.get(y, y))
     integer_axis(ax.xaxis)
+    return legend_above(ax, handles)
+
+
+def sequence_step(frame: pd.DataFrame, ax: Axes, seed: int, step: int, ceiling: float | None = CEILING) -> Axes:
+    """Perplexity (log axis) over one sequence with one of its steps marked, before the band of all orders.
+
+    Args:
+        frame: rows of one study of sequences, all orders: n_edits, seed, perplexity, checkpoint.
+        seed: the order that is drawn as a line.
+        step: the number of edits that is marked; where perplexity was not measured there, by a line only.
+        ceiling: as in `sequential_curves`.
+    """
+    columns(frame, "n_edits", "seed", "perplexity", "checkpoint")
+    name = "all orders"
+    sequential_curves(frame.assign(group=name), ax, ceiling=ceiling)
+    handles = list(ax.get_legend().legend_handles)
+    measured = frame[frame["checkpoint"].astype(bool)]
+    edge = Edge(measured["perplexity"], ceiling, unedited=measured.loc[measured["n_edits"] == 0, "perplexity"].max())
+    own = measured[measured["seed"] == seed].sort_values("n_edits")
+    places, _ = edge.place(own["perplexity"])
+    look = {"color": BLACK, "lw": 1.2, "zorder": 3}
+    handles += ax.plot(own["n_edits"], places, label=f"order {seed}", **look)
+    ax.axvline(step, color=GREY, lw=0.8, ls=":")
+    here = (own["n_edits"] == step).to_numpy()
+    ax.plot(own["n_edits"][here], places[here], ls="none", marker="o", ms=6, mfc="white", mec=BLACK, mew=1.4, zorder=4)
+    handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", marker="o", mfc="white", mec=BLACK, label=f"step {step}"))
     return legend_above(ax, handles)
