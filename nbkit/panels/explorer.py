@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ipywidgets import Button, Combobox, HBox, IntProgress, Layout, Text, VBox
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nbkit.errors import MethodError, NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
