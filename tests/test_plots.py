@@ -78,6 +78,14 @@ def task_frame(*names):
     return pd.concat([pd.DataFrame({**rows, "task": name, "metric": "acc"}) for name in names])
 
 
+def risk_frame():
+    """Risks of three kinds of subjects, one of them infinite."""
+    kinds = ["later", "one-token first", "several-token first"]
+    risks = np.random.default_rng(0).lognormal(size=(20, 3)) * [1, 20, 1]
+    risks[3, 1] = np.inf
+    return pd.DataFrame({"risk": risks.ravel(), "subject_kind": kinds * 20})
+
+
 def sequence_frame():
     parts = []
     for group, rate, seed in itertools.product(["hard", "normal"], [1.5, 0.1], [0, 1, 2]):
@@ -91,6 +99,11 @@ def sequence_frame():
         part |= {"efficacy": np.where(n_edits == 0, np.nan, 1 - rate * n_edits / 20), "checkpoint": n_edits != 5}
         parts.append(pd.DataFrame(part))
     return pd.concat(parts)
+
+
+def hard_sequences():
+    """Those of one study: three orders of the same requests."""
+    return sequence_frame().query("group == 'hard'")
 
 
 def keys_frame():
@@ -232,6 +245,8 @@ FIGURES = {
     "perplexity_vs_task": (lambda ax: plots.perplexity_vs_task(task_frame("open_qa"), ax), 2.6, {}),
     "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
     "sequential_curves": (sequence_panels, 2.6, {"ncols": 2}),
+    "sequence_step": (lambda ax: plots.sequence_step(hard_sequences(), ax, seed=1, step=2), 2.6, {}),
+    "risk_distribution": (lambda ax: plots.risk_distribution(risk_frame(), ax, chosen=12.0), 2.4, {}),
     "denominators": (lambda ax: plots.denominators(single_frame(), ax), 2.5, {}),
     "similarity_histogram": (lambda ax: plots.similarity_histogram(keys_frame(), ax), 2.4, {}),
     "norm_histogram": (lambda ax: plots.norm_histogram(keys_frame(), ax), 2.6, {}),
@@ -696,6 +711,16 @@ def test_the_edge_is_at_the_end_of_the_axis_of_the_values(ax, along, marker):
     assert limits[1] == pytest.approx(1.15e6)
 
 
+def test_risks_are_drawn_one_point_a_request_and_the_chosen_one_is_named(ax):
+    frame = risk_frame()
+    plots.risk_distribution(frame, ax, chosen=1e9)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["chosen (1e+09)", "infinite or NaN (1 of 60)"]
+    assert sum(len(line.get_xdata()) for line in ax.lines if line.get_ls() == "None") == 60
+    (mark,) = [line for line in ax.lines if line.get_ls() == "-"]
+    assert set(mark.get_xdata()) == {1e9} and ax.get_xlim()[1] > 1e9
+
+
 def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
     assert style.group_styles(["hard", "normal"])["normal"] == style.group_styles(["normal", "x"])["normal"]
     looks = style.group_styles(["normal", "collapse", "a", "b", "c"])
@@ -706,6 +731,7 @@ def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
     ("function", "frame"),
     [(plots.perplexity_per_edit, single_frame()), (plots.denominators, single_frame()), (plots.top_tokens, TOKENS),
      (plots.sequential_curves, sequence_frame()), (plots.similarity_histogram, keys_frame()),
+     (plots.risk_distribution, risk_frame()),
      (plots.seconds_per_edit, timing_frame()), (plots.time_shares, shares_frame()),
      (plots.cost_growth, growth_frame()),
      (lambda frame, ax: plots.collapse_over(frame, ax, group="group"), trainings_frame())],

@@ -195,7 +195,7 @@ class RequestBrowser(VBox):
         return (
             f"<div><b>Chosen</b>: {case}, {escape(request_columns(self.lm, request)['subject_kind'])}</div>"
             f"<div>{escape(request.text)} → <b>{escape(request.target_new)}</b>{was}</div>"
-            f"<div>{fragments.tokens(row, of_subject, of_subject[-1])}</div>"
+            f'<div style="margin: 5px 0">{fragments.tokens(row, of_subject, of_subject[-1])}</div>'
             "<div>Filled: the subject's tokens; framed: its last, where the edit acts.</div>"
             f"{fragments.note(self._risk_words())}"
         )

@@ -14,14 +14,14 @@ from nbkit.studies.risk import MEASURED
 
 # column of the frame -> its heading in the table, and its share of the width in per cent
 COLUMNS = {
-    "case_id": ("case", 7),
-    "subject": ("subject", 17),
-    "prompt": ("prompt", 19),
-    "target_new": ("new target", 12),
-    "target_true": ("true target", 12),
+    "case_id": ("case", 8),
+    "subject": ("subject", 16),
+    "prompt": ("prompt", 17),
+    "target_new": ("new target", 11),
+    "target_true": ("true target", 11),
     "subject_kind": ("subject kind", 13),
     "risk": ("risk", 9),
-    "signed_denominator": ("denominator", 11),
+    "signed_denominator": ("denominator", 15),
 }
 # DataTables moves about by arrow keys, and leaves to the page what Enter does. The widget evaluates a drawCallback, but
 # no initComplete.

@@ -34,7 +34,7 @@ def risk_distribution(frame: pd.DataFrame, ax: Axes, chosen: float | None = None
     handles = []
     for risk in marked:
         ax.axvline(edge.place([risk])[0][0], **CHOSEN)
-        handles.append(Line2D([], [], label=f"the chosen request ({risk:.3g})", **CHOSEN))
+        handles.append(Line2D([], [], label=f"chosen ({risk:.3g})", **CHOSEN))
     ax.set(
         xlabel="Collapse risk (bound on $\\|\\Delta W\\| / \\|W\\|$)",
         ylim=(rows[0].middle - 0.5, rows[-1].middle + 0.5),
