@@ -38,7 +38,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def test_every_bar_has_a_name_and_a_unit_and_comes_from_tqdm_auto():
-    for path, node in [(source, node) for source in SOURCES for node in ast.walk(tree_of(source))]:
+    nodes = [(path, node) for path in SOURCES for node in ast.walk(tree_of(path))]
+    for path, node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tqdm"):
             assert node.module == "tqdm.auto", path
         if isinstance(node, ast.Import):

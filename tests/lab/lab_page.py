@@ -20,7 +20,7 @@ SMALL, LARGE = {"width": 1280, "height": 800}, {"width": 1920, "height": 1080}
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 LOOK = Path(__file__).with_name("look.js")
 START_SECONDS = 120  # for Lab to show a notebook, and its kernel to answer
-RUN_SECONDS = 300  # for all cells of a notebook
+RUN_SECONDS = 600  # for all cells of a notebook, on a busy machine
 SETTLE_SECONDS = 30
 
 

@@ -13,8 +13,8 @@ SLACK = 2  # pixels that rounding may cost
 SMALLER = {  # what is timed is not stored, and would take minutes
     "09_methods_compared": {"n_timed": 2, "n_regularised": 4},
     "10_throughput": {
-        "n_texts": 5, "batch_sizes": [1, 4], "repeats": 1, "n_screened": 8, "n_growth": 8, "growth_batch": 4,
-        "moment_tokens": 1000,
+        "models": ["miniworld-gpt2@6"], "n_texts": 5, "batch_sizes": [1, 4], "repeats": 1, "n_screened": 8,
+        "n_growth": 8, "growth_batch": 4, "moment_tokens": 1000,
     },
 }  # fmt: skip
 
