@@ -28,8 +28,9 @@ test: $(STAMP) ## lint, then run the tests
 test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser (Chromium), and look at it; best after figures
 	$(RUN) -m pytest tests/lab
 
+# notebooks/.settings holds defaults of Lab for this project, which a user's own settings override: long lines wrap
 lab: $(STAMP) filter ## open the notebooks in JupyterLab, at the explorer
-	$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_explore_one_edit.ipynb
+	$(RUN) -m jupyterlab --LabApp.app_settings_dir=$(CURDIR)/notebooks/.settings --LabApp.default_url=/lab/tree/notebooks/00_explore_one_edit.ipynb
 
 # What JupyterLab writes into a notebook that is opened, run and saved is no change of it for git.
 filter:

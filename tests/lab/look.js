@@ -14,7 +14,7 @@ window.look = (() => {
         tracebacks: tracebacks(cell),
         images: all('.jp-OutputArea img', cell).map(one => [one.naturalWidth, one.naturalHeight]),
         lacking: [
-            ...all('.jp-OutputArea-output, .jp-MarkdownOutput', cell),
+            ...all('.jp-OutputArea-output, .jp-MarkdownOutput, .jp-CodeCell .cm-scroller', cell),
             ...all('.jp-OutputArea-output *, .jp-MarkdownOutput *', cell).filter(scrolls),
         ].map(lacking),
     }));
