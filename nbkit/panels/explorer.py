@@ -254,8 +254,12 @@ class Explorer(VBox):
             return self._say(error)
 
     def _start(self, name: str, work: Callable, show: Callable) -> bool:
+        def shown(found):
+            self.words.value = ""  # what was said meanwhile, that this was running
+            show(found)
+
         self.words.value = ""
-        began = self.jobs.start(name, work, show, self._say)
+        began = self.jobs.start(name, work, shown, self._say)
         if not began:
             running = self.jobs.current
             what = f"“{running.name}” is" if running else "other work was"
