@@ -61,6 +61,17 @@ def test_what_is_done_at_once_leaves_no_line(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_listener_is_told_in_place_of_a_bar(capsys, at_once):
+    told = []
+    with bars.told_to(lambda *task: told.append(task)):
+        with bar(2, "miniworld-gpt2: single edits", "edit", progress=False) as outer:
+            for _ in steps(range(2), "miniworld-gpt2: rome", "edit"):
+                pass
+            outer.update(2)
+    assert told == [("rome", 1, 2), ("rome", 2, 2), ("single edits", 2, 2)]
+    assert capsys.readouterr().err == ""
+
+
 def test_none_if_none_is_wanted(capsys, at_once):
     for _ in steps(range(3), "keys", "layer", progress=False):
         pass

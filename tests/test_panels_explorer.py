@@ -11,6 +11,7 @@ from nbkit.errors import MethodError
 from nbkit.panels import fragments
 from nbkit.panels.jobs import Cancelled, Jobs, jobs_of
 from nbkit.panels.settings import SettingsForm
+from nbkit.records import bars
 from nbkit.records.requests import EditRequest
 
 REQUESTS = [
@@ -243,6 +244,23 @@ def test_a_job_says_how_long_it_will_take():
     jobs.wait(10)
     assert left[:2] == [None, None] and left[-1] is None
     assert left[2] > left[4] > 0
+
+
+def test_a_job_is_cancelled_inside_a_step_too(monkeypatch, capfd):
+    monkeypatch.setattr(bars, "REDRAWN", 0)
+    jobs, said, told = Jobs(), [], []
+    jobs.watch(lambda job: said.append(job and job.within))
+
+    def work(step):
+        step(0, 2)
+        for n in bars.steps(range(5), "tiny: keys", "layer"):
+            if n == 2:
+                jobs.cancel()
+
+    jobs.start("works", work, told.append, told.append)
+    jobs.wait(10)
+    assert str(told.pop()) == "works was cancelled at 0 of 2"
+    assert said[-2] == "keys 3 of 5" and capfd.readouterr().err == ""
 
 
 def test_a_model_has_one_row_of_jobs(tiny):

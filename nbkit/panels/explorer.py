@@ -13,7 +13,7 @@ from typing import Any
 from ipywidgets import Button, Combobox, HBox, IntProgress, Layout, Text, VBox
 from tqdm.auto import tqdm
 
-from nbkit.errors import MethodError, NbkitError, RequestError
+from nbkit.errors import NbkitError, RequestError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.loading import load
 from nbkit.panels import fragments
@@ -23,6 +23,7 @@ from nbkit.panels.key_map import KeyMap
 from nbkit.panels.ledger_view import LedgerView
 from nbkit.panels.request_browser import requests as browse
 from nbkit.panels.settings import Settings, SettingsForm
+from nbkit.panels.sweeps import layers_in
 from nbkit.panels.views import Views
 from nbkit.records import embedded
 from nbkit.records.requests import EditRequest, read_requests, read_texts
@@ -222,7 +223,7 @@ class Explorer(VBox):
             return
         settings, request = asked
         try:
-            layers = _layers_in(self.sweep_layers.value, self.lm)
+            layers = layers_in(self.sweep_layers.value, self.lm)
         except NbkitError as error:
             return self._say(error)
         hparams = {name: value for name, value in settings.hparams.items() if name not in ("layer", "layers")}
@@ -283,7 +284,8 @@ class Explorer(VBox):
             return
         left = f", {tqdm.format_interval(job.seconds_left)} left" if job.seconds_left is not None else ""
         count = f": {job.n_done} of {job.n_total}" if job.n_total else ""
-        self.status.value = fragments.note(f"{job.name}{count}{left}")
+        within = f" ({job.within})" if job.within else ""
+        self.status.value = fragments.note(f"{job.name}{count}{left}{within}")
         if self.rows and job.name.startswith("layers of"):
             self.views.show_layers(self.rows)
 
@@ -306,16 +308,3 @@ def _button(text: str, tooltip: str, do: Callable[[], Any], style: str = "") -> 
     button = Button(description=text, tooltip=tooltip, button_style=style, layout=Layout(width="auto"))
     button.on_click(lambda _: do())
     return button
-
-
-def _layers_in(text: str, lm: LanguageModel) -> list[int]:
-    """Layers such as "0,2,4" or "0-3"; all where there is nothing."""
-    if not text.strip():
-        return list(range(lm.n_layers))
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = (each.strip() for each in part.partition("-"))
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise MethodError(f"layers are written 0,2,4 or 0-3, not {text!r}")
-        layers += range(int(first), int(last or first) + 1)
-    return [lm.check_layer(layer) for layer in dict.fromkeys(layers)]

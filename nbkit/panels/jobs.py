@@ -4,9 +4,10 @@
     jobs.start("layers", work, show)        # False, and nothing happens, while another job runs
     jobs.cancel()                           # the job stops at its next step
 
-`work(step)` runs in the thread; it calls `step(n_done, n_total)` between its steps. What it returns goes to `show`, an
-error to `failed`. Both run where the panel was made: on the kernel's event loop, between cells, so that widgets and
-figures are touched by one thread. Without a loop, in a script or a test, they run in the thread of the work.
+`work(step)` runs in the thread; it calls `step(n_done, n_total)` between its steps, and whatever has a progress bar
+tells the job too, and stops there if the job is cancelled. What it returns goes to `show`, an error to `failed`. Both
+run where the panel was made: on the kernel's event loop, between cells, so that widgets and figures are touched by one
+thread. Without a loop, in a script or a test, they run in the thread of the work.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbkit.errors import NbkitError
+from nbkit.records import bars
 
 
 class Cancelled(NbkitError):
@@ -31,6 +33,7 @@ class Job:
     name: str
     n_done: int = 0
     n_total: int = 0
+    within: str = ""  # how far what runs in this step is
     began: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -77,15 +80,23 @@ class Jobs:
                 return False
             job = self.current = Job(name)
 
-        def step(n_done: int, n_total: int) -> None:
-            job.n_done, job.n_total = n_done, n_total
+        def told() -> None:
             self._here(lambda: self._tell(job))
             if job.cancelled.is_set():
-                raise Cancelled(f"{name} was cancelled at {n_done} of {n_total}")
+                raise Cancelled(f"{name} was cancelled at {job.n_done} of {job.n_total}")
+
+        def step(n_done: int, n_total: int) -> None:
+            job.n_done, job.n_total, job.within = n_done, n_total, ""
+            told()
+
+        def within(task: str, n_done: int, n_total: int | None) -> None:
+            job.within = f"{task} {n_done:,}" + (f" of {n_total:,}" if n_total else "")
+            told()
 
         def run() -> None:
             try:
-                found = work(step)
+                with bars.told_to(within):
+                    found = work(step)
             except BaseException as error:  # shown where it was asked for; a thread has nobody else to tell
                 self._here(lambda error=error: self._end(failed, error, failed))
             else:

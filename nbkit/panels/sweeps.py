@@ -1,4 +1,4 @@
-"""How a sweep over layers is shown: a table and a figure that grow with its rows."""
+"""A sweep over layers: how its layers are written, and how it is shown, by a table and a figure that grow with it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nbkit import plots
+from nbkit.errors import MethodError
+from nbkit.models.language_model import LanguageModel
 from nbkit.panels import fragments
 from nbkit.records.collapse import ratios
 
@@ -41,3 +43,17 @@ def figure(frame: pd.DataFrame) -> Figure:
         plots.ratio_by_layer(frame, left)
         plots.success_by_layer(frame, right)
     return drawn
+
+
+def layers_in(text: str, lm: LanguageModel) -> list[int]:
+    """Layers such as "0,2,4" or "0-3"; all where there is nothing. MethodError for other texts, ModelError for a layer
+    that does not exist."""
+    if not text.strip():
+        return list(range(lm.n_layers))
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (each.strip() for each in part.partition("-"))
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise MethodError(f"layers are written 0,2,4 or 0-3, not {text!r}")
+        layers += range(int(first), int(last or first) + 1)
+    return [lm.check_layer(layer) for layer in dict.fromkeys(layers)]

@@ -6,13 +6,15 @@
         ...
 
 Of tasks within tasks only the outermost has a bar, as its end is what one waits for; how far the task within it is
-stands behind that bar. In a notebook it is a widget, in a terminal a line.
+stands behind that bar. In a notebook it is a widget, in a terminal a line. Inside `with told_to(listener)` this thread
+draws none, and the listener is told instead.
 """
 
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 from tqdm.auto import tqdm
@@ -22,7 +24,7 @@ REDRAWN = 0.5  # seconds between two notes of a task within another
 
 Item = TypeVar("Item")
 
-_here = threading.local()  # .outermost: a weak reference to the bar that was opened last by this thread
+_here = threading.local()  # .outermost: a weak reference to the bar that was opened last by this thread; .listener
 
 
 class Within:
@@ -55,6 +57,42 @@ class Within:
             self.outer.set_postfix_str("")
 
 
+class Told:
+    """A task whose progress a listener is told, as often as a bar would be drawn."""
+
+    def __init__(self, listener: "Listener", total: int | None, name: str, done: int = 0):
+        self.listener, self.total, self.name, self.n = listener, total, name.partition(": ")[2] or name, done
+        self.told = -float("inf")
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if time.monotonic() - self.told >= REDRAWN:
+            self.listener(self.name, self.n, self.total)
+            self.told = time.monotonic()
+
+    def set_postfix(self, **values: Any) -> None:
+        """Nothing: a listener wants to know how far it is."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+Listener = Callable[[str, int, int | None], None]  # of a task: its name, how far it is, of how much
+
+
+@contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Within this `with` no bar of this thread is drawn, and the listener is told. What it raises ends the task."""
+    before, _here.listener = getattr(_here, "listener", None), listener
+    try:
+        yield
+    finally:
+        _here.listener = before
+
+
 def bar(
     total: int | None,
     name: str,
@@ -63,12 +101,15 @@ def bar(
     done: int = 0,
     delay: float | None = None,
     **looks: Any,
-) -> "tqdm | Within":
+) -> "tqdm | Within | Told":
     """A context manager for a task of `total` units, `done` of which are there; its `update(n)` says that n more are.
 
     name: "MODEL: what is done". progress: False for no bar. delay: seconds until it is drawn, DELAY for None.
     looks: of tqdm. A bar of a single unit is taken away when it is through.
     """
+    listener = getattr(_here, "listener", None)
+    if listener is not None:
+        return Told(listener, total, name, done)
     if not progress:
         return tqdm(desc=name, unit=unit, disable=True)
     outermost = getattr(_here, "outermost", lambda: None)()
