@@ -20,6 +20,7 @@ from nbkit.errors import ResultsError
 from nbkit.plots import points, style
 from nbkit.records import correlation
 from nbkit.records.collapse import detection
+from nbkit.records.survival import surviving
 
 mpl.use("Agg")
 RANDOM = np.random.default_rng(0)
@@ -122,6 +123,13 @@ def embedding_frame():
     return frame.assign(x=RANDOM.normal(size=len(rows)), y=RANDOM.normal(size=len(rows)))
 
 
+def this_key_frame():
+    rows = list(itertools.product(["$k_u$", r"$\bar{k}$"], range(9)))
+    frame = pd.DataFrame(rows, columns=["vector", "request"])
+    frame["group"] = frame["request"].map(lambda request: "later" if request % 2 else "one-token first")
+    return frame.assign(x=RANDOM.normal(size=len(rows)), y=RANDOM.normal(size=len(rows)))
+
+
 def curve_frame():
     rows = list(itertools.product(KINDS, range(8), range(6)))
     frame = pd.DataFrame(rows, columns=["group", "position", "pair"])
@@ -221,6 +229,20 @@ def sequence_panels(axes):
     plots.label_panels(axes)
 
 
+def survival_frame():
+    lives = {"hard": ([2, 2, 4, 6, 8], [True] * 5), "normal": ([6, 12, 20, 20, 20], [True] * 2 + [False] * 3)}
+    curves = [
+        surviving(pd.DataFrame({"n_edits": ends, "collapsed": collapsed})).assign(group=name)
+        for name, (ends, collapsed) in lives.items()
+    ]
+    return pd.concat(curves)
+
+
+def layers_frame():
+    frame = pd.DataFrame({"layer": range(5), "perplexity": [4.0, 400.0, 8.0, np.nan, 4.1], "perplexity_before": 4.0})
+    return frame.assign(target_probability=[0.9, 0.1, 0.5, 0, 0], paraphrase_argmax=np.nan, neighborhood_argmax=0.5)
+
+
 def throughput_panels(axes):
     plots.seconds_per_edit(timing_frame(), axes[0, 0])
     plots.time_shares(shares_frame(), axes[0, 1])
@@ -246,6 +268,10 @@ FIGURES = {
     "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
     "sequential_curves": (sequence_panels, 2.6, {"ncols": 2}),
     "sequence_step": (lambda ax: plots.sequence_step(hard_sequences(), ax, seed=1, step=2), 2.6, {}),
+    "survival_curves": (lambda ax: plots.survival_curves(survival_frame(), ax), 2.0, {}),
+    "ratio_by_layer": (lambda ax: plots.ratio_by_layer(layers_frame(), ax), 2.2, {}),
+    "success_by_layer": (lambda ax: plots.success_by_layer(layers_frame(), ax), 2.2, {}),
+    "key_among_others": (lambda ax: plots.key_among_others(this_key_frame(), ax), 3.0, {}),
     "risk_distribution": (lambda ax: plots.risk_distribution(risk_frame(), ax, chosen=12.0), 2.4, {}),
     "denominators": (lambda ax: plots.denominators(single_frame(), ax), 2.5, {}),
     "similarity_histogram": (lambda ax: plots.similarity_histogram(keys_frame(), ax), 2.4, {}),
@@ -508,6 +534,28 @@ def test_sequential_curves_are_medians_over_seeds_with_the_band_stated(ax):
     assert hard.get_ydata()[-2:].tolist() == [1e6, 1e6] and triangles.get_xdata().tolist() == [7, 8, 9, 10]
     n_over = int((~(frame[frame["checkpoint"]]["perplexity"] <= 1e6)).sum())
     assert f"> $10^{{6}}$ or not finite ({n_over} of 60)" in labels_of(ax)
+
+
+def test_survival_is_a_step_curve_that_goes_on_to_the_end(ax):
+    plots.survival_curves(survival_frame(), ax, n_edits=20)
+    hard, normal = ax.lines
+    assert hard.get_xdata().tolist() == [0, 2, 4, 6, 8, 20] and hard.get_drawstyle() == "steps-post"
+    np.testing.assert_allclose(hard.get_ydata(), [1, 0.6, 0.4, 0.2, 0, 0])
+    np.testing.assert_allclose(normal.get_ydata()[-2:], [0.6, 0.6])
+
+
+def test_a_layer_without_a_perplexity_stands_at_the_top(ax):
+    plots.ratio_by_layer(layers_frame(), ax)
+    rise = ax.lines[0].get_ydata()
+    assert rise[3] == rise.max() > rise[1] == 100
+
+
+def test_the_key_in_question_is_the_last_request(ax):
+    frame = this_key_frame()
+    plots.key_among_others(frame, ax)
+    this = frame[frame["request"] == frame["request"].max()]
+    [joined] = [line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == len(this)]
+    assert joined.get_xdata().tolist() == this["x"].tolist()
 
 
 def test_sequential_success_is_linear_and_starts_at_the_first_edit(ax):

@@ -147,4 +147,4 @@ def success_by_layer(frame: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(frame["layer"], frame[name], marker=marker, color=colour, ms=4, label=label)
     ax.set(xlabel="Layer", ylabel="Share or probability", ylim=(-0.04, 1.04))
     integer_axis(ax.xaxis)
-    return legend_above(ax, ncols=3)
+    return legend_above(ax)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from nbkit.plots.points import CEILING, Edge
-from nbkit.plots.style import BLACK, GREY, columns, group_styles, integer_axis, legend_above
+from nbkit.plots.style import BLACK, GREY, columns, group_styles, integer_axis, legend_above, percent_axis
 
 LABELS = {
     "perplexity": "Perplexity",
@@ -66,6 +66,29 @@ def sequential_curves(
     ax.set(xlabel="Number of edits", ylabel=LABELS.get(y, y))
     integer_axis(ax.xaxis)
     return legend_above(ax, handles)
+
+
+def survival_curves(frame: pd.DataFrame, ax: Axes, group: str = "group", n_edits: int | None = None) -> Axes:
+    """The share of sequences that have not collapsed against the number of edits, a step curve for each group.
+
+    Args:
+        frame: rows of `survival.surviving` for each group: n_edits, share, low, high, `group`. The band from low to
+            high is left out where it is NaN. Curves of the same course are drawn one beside the other.
+        n_edits: where the axis ends; None: at the last of the frame.
+    """
+    columns(frame, "n_edits", "share", "low", "high", group)
+    styles, last = group_styles(frame[group]), frame["n_edits"].max() if n_edits is None else n_edits
+    for number, (name, (colour, _)) in enumerate(styles.items()):
+        table = frame[frame[group] == name].sort_values("n_edits", kind="stable")
+        at, share = [*table["n_edits"], last], [*table["share"], table["share"].iloc[-1]]
+        look = {"color": colour, "label": str(name), "ls": ["-", "--", ":"][number % 3]}
+        ax.step(at, share, where="post", lw=1.6, **look)
+        band = [[*table[edge], table[edge].iloc[-1]] for edge in ("low", "high")]
+        ax.fill_between(at, *band, step="post", color=colour, alpha=0.2, lw=0)
+    ax.set(xlabel="Number of edits", ylabel="Orders not\nyet collapsed", ylim=(-0.03, 1.03))
+    percent_axis(ax.yaxis)
+    integer_axis(ax.xaxis)
+    return legend_above(ax)
 
 
 def sequence_step(frame: pd.DataFrame, ax: Axes, seed: int, step: int, ceiling: float | None = CEILING) -> Axes:
