@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import nbkit
 from nbkit.edits import placed
@@ -42,11 +43,13 @@ LONG = int(os.environ.get("NBKIT_INTERRUPTS", 0))
 @pytest.fixture(autouse=True)
 def _listening(monkeypatch):
     """A shell starts what it runs in the background with SIGINT ignored, and a loop over `edit_sequence` that another
-    test left unfinished still wants its handler."""
+    test left unfinished still wants its handler. An interrupt inside tqdm leaves tqdm's lock with this thread, and all
+    other threads would wait for it."""
     monkeypatch.setattr(_State, "wanted", WeakSet())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    tqdm.set_lock(threading.RLock())
 
 
 class _Ctrl_C:
