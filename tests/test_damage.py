@@ -29,16 +29,17 @@ def random_update(lm, kind: str, seed: int, rank: int = 2, size: float = 1.0):
 def edits_of(lm, requests) -> list[Edit]:
     """Low-rank and dense ones, of one and several layers, of one and several requests, with and without biases."""
     names, bias = [lm.weight_name(layer) for layer in range(3)], lm.architecture.projection_path(1) + ".bias"
-    biased = (
-        {bias: Dense(torch.ones(lm.d_model, 1, dtype=lm.dtype))} if bias in dict(lm.model.named_parameters()) else {}
-    )
+    has_bias = bias in dict(lm.model.named_parameters())
+    biased = {bias: Dense(torch.ones(lm.d_model, 1, dtype=lm.dtype))} if has_bias else {}
+    several = {name: random_update(lm, "low rank", 1 + place, rank=1 + place) for place, name in enumerate(names)}
+    both = {names[2]: random_update(lm, "dense", 6), names[1]: random_update(lm, "low rank", 7)}
     return [
         Edit({names[1]: random_update(lm, "low rank", 0)}, (requests[0],), "rome"),
-        Edit({name: random_update(lm, "low rank", 1 + i, rank=1 + i) for i, name in enumerate(names)}, tuple(requests), "memit"),
+        Edit(several, tuple(requests), "memit"),
         Edit({names[1]: random_update(lm, "dense", 5), **biased}, (requests[2],), "ft"),
-        Edit({names[2]: random_update(lm, "dense", 6), names[1]: random_update(lm, "low rank", 7)}, (requests[1],), "x"),
+        Edit(both, (requests[1],), "x"),
         Edit({}, (requests[1],), "none"),
-    ]  # fmt: skip
+    ]
 
 
 def weights_of(lm) -> dict[str, torch.Tensor]:
@@ -55,26 +56,22 @@ def test_damage_is_the_plain_formula_in_quadrature_over_layers(lm, requests, tex
     frame = nbkit.damage(lm, edits, moments)
     assert same_weights(lm, before)
     for edit, row in zip(edits, frame.itertuples(), strict=True):
-        felt, output = 0.0, 0.0
+        felt, shares = 0.0, 0.0
         for name, delta in edit.deltas.items():
             for layer in range(3):
                 if name == lm.weight_name(layer):
                     values, vectors = torch.linalg.eigh(moments[layer])
                     root = vectors * values.clamp(min=0).sqrt()  # root rootᵀ = C
-                    felt += (delta.dense().double() @ root).square().sum().item()
-                    output += (lm.oriented(name).double() @ root).square().sum().item()
+                    moved = (delta.dense().double() @ root).square().sum().item()
+                    felt += moved
+                    shares += moved / (lm.oriented(name).double() @ root).square().sum().item()
         assert row.felt == pytest.approx(math.sqrt(felt), rel=tolerance)
-        assert row.felt_relative == pytest.approx(math.sqrt(felt / output) if output else 0.0, rel=tolerance)
+        assert row.felt_relative == pytest.approx(math.sqrt(shares), rel=tolerance)
         assert row.update_norm == pytest.approx(edit.norm(), rel=tolerance)
         others = [name for name in edit.deltas if name not in map(lm.weight_name, range(3))]
         assert row.unmeasured == ", ".join(others)
-    assert frame["case_id"].fillna("").tolist() == ["0", "", "2", "1", "1"] and frame["n_requests"].tolist() == [
-        1,
-        3,
-        1,
-        1,
-        1,
-    ]
+    assert frame["case_id"].fillna("").tolist() == ["0", "", "2", "1", "1"]
+    assert frame["n_requests"].tolist() == [1, 3, 1, 1, 1]
     assert frame["subject_kind"][2] == "later" and frame["method"].tolist() == ["rome", "memit", "ft", "x", "none"]
 
 
@@ -190,9 +187,8 @@ def test_the_guard_lets_through_what_is_felt_little_and_refuses_the_rest(tiny, r
 
 
 def test_a_refused_edit_goes_wherever_edits_go_and_does_nothing_there(tiny, requests, contexts, texts, C, tmp_path):
-    (edit,) = nbkit.edit(
-        tiny, requests[:1], context_templates=contexts, guard=Guard(1e-9, second_moment=C), **QUICK
-    )  # fmt: skip
+    guard = Guard(1e-9, second_moment=C)
+    (edit,) = nbkit.edit(tiny, requests[:1], context_templates=contexts, guard=guard, **QUICK)
     assert "no update" in repr(edit) and edit.norm() == 0
     before, perplexity = weights_of(tiny), nbkit.perplexity(tiny, texts)
     with nbkit.applied(tiny, edit):

@@ -24,20 +24,15 @@ from nbkit.models.language_model import LanguageModel
 class Felt:
     """Of one edit, both in quadrature over the MLP projections W that it changes; 0 for an edit without updates.
 
-    absolute: √E‖ΔW k‖², how much their outputs move. output: √E‖W k‖², how large these are. unmeasured: the weights of
-    the edit that are no MLP projection, whose effect is in neither; NaN if it has no others.
+    absolute: √E‖ΔW k‖², how much their outputs move. relative: that over √E‖W k‖², how large the outputs are, each
+    projection by its own: beside one whose outputs are large (the first layer's or the last's may be a hundred times
+    others') what another feels would vanish. unmeasured: the weights of the edit that are no MLP projection, whose
+    effect is in neither; both are NaN if it has no others.
     """
 
     absolute: float
-    output: float
+    relative: float
     unmeasured: tuple[str, ...] = ()
-
-    @property
-    def relative(self) -> float:
-        """absolute over output."""
-        if not self.output:
-            return math.inf if self.absolute else 0.0
-        return self.absolute / self.output
 
 
 def projections(lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, int]:
@@ -70,23 +65,22 @@ def moments_of_text(
 def felt_of(lm: LanguageModel, edits: Sequence[Edit], moments: SecondMoments) -> list[Felt]:
     """What is felt of each edit, by moments of all layers that one changes. W is what is in the model now.
 
-    No forward pass; the model is not changed. What is NaN or infinite in an update makes `absolute` NaN or infinite.
+    No forward pass; the model is not changed. What is NaN or infinite in an update makes both NaN or infinite.
     """
     layers = projections(lm, edits)
-    squares = [{"absolute": 0.0, "output": 0.0} for _ in edits]
+    squares = [[0.0, 0.0] for _ in edits]  # absolute, relative
     for name, layer in layers.items():
         places = [place for place, edit in enumerate(edits) if name in edit.deltas]
         moment = moments.matrix(layer)
         output = Dense(lm.oriented(name)).felt_norm(moment)
         felt = felt_norms([edits[place].deltas[name] for place in places], moment)
         for place, absolute in zip(places, felt, strict=True):
-            squares[place]["absolute"] += absolute * absolute  # a float to the power of 2 raises where it overflows
-            squares[place]["output"] += output * output
+            share = absolute / output if output else absolute * math.inf if absolute else 0.0
+            squares[place][0] += absolute * absolute  # a float to the power of 2 raises where it overflows
+            squares[place][1] += share * share
     found = []
     for edit, square in zip(edits, squares, strict=True):
         unmeasured = tuple(name for name in edit.deltas if name not in layers)
-        roots = {name: math.sqrt(value) for name, value in square.items()}
-        if unmeasured and len(unmeasured) == len(edit.deltas):
-            roots = dict.fromkeys(roots, math.nan)
-        found.append(Felt(**roots, unmeasured=unmeasured))
+        known = not unmeasured or len(unmeasured) < len(edit.deltas)
+        found.append(Felt(*(math.sqrt(value) if known else math.nan for value in square), unmeasured))
     return found

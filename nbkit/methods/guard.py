@@ -30,8 +30,8 @@ OUTCOMES = ("passed", "fell back", "refused")
 class Guard(Bounded):
     """What is done with an edit whose felt_relative (`nbkit.damage`) is above `most`, or is no number.
 
-    most: how far the outputs of the edited MLP projections may move on ordinary text, √E‖ΔW k‖², as a share of their
-    size √E‖W k‖². W is the weight that the edit meets, in a sequence with the edits before it.
+    most: how far the outputs of the edited MLP projections may move on ordinary text, √E‖ΔW k‖², over their size
+    √E‖W k‖². W is the weight that the edit meets, in a sequence with the edits before it.
     instead: "refuse", or "C-ROME" for edits of ROME: they are made anew with key_mode "prefixed", and refused if that
     is above `most` too.
     second_moment: as in `damage`, of ordinary text. None: what the edit itself is given, or else of the unedited model

@@ -39,10 +39,10 @@ def damage(
 
     Columns: case_id (as text), subject and subject_kind (of an edit of one request; missing for one of several),
     n_requests, method, update_norm ‖ΔW‖_F over all weights; over the MLP projections alone, in quadrature, felt
-    √E‖ΔW k‖² and felt_relative, that over √E‖W k‖² of the same projections as they are in the model now; unmeasured,
-    the names of the weights whose effect is in neither, because they are no MLP projection ("" for none): biases, and
-    in MEND's edits the matrices into the MLP. An edit without updates is felt as 0, one of such weights alone as NaN.
-    What is NaN or infinite in an update makes norm and felt NaN or infinite.
+    √E‖ΔW k‖² and felt_relative, with each projection's part of it over √E‖W k‖² of that projection as it is in the
+    model now; unmeasured, the names of the weights whose effect is in neither, because they are no MLP projection (""
+    for none): biases, and in MEND's edits the matrices into the MLP. An edit without updates is felt as 0, one of such
+    weights alone as NaN. What is NaN or infinite in an update makes norm and felt NaN or infinite.
     """
     edits = [edits] if isinstance(edits, Edit) else as_edits(edits)
     moments = moments_of_text(lm, second_moment, projections(lm, edits).values(), progress)
