@@ -1,6 +1,7 @@
 """What ordinary text will feel of an edit is known from its update, and a guard keeps back the edits it would hurt."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from nbkit.keys.moments import second_moments
 from nbkit.methods.guard import Guard
 from nbkit.records.calibration import calibration, line, threshold
 from nbkit.records.results import Store
+from nbkit.studies.sequential import sequential_edits
 from nbkit.studies.single import single_edits
 
 QUICK = {"layer": 1, "v_num_grad_steps": 3, "progress": False}
@@ -125,6 +127,11 @@ def test_without_a_second_moment_it_is_the_unedited_models_on_its_default_text(
     with nbkit.applied(lm, edits[1]):
         other = nbkit.damage(lm, edits, progress=False)
         assert nbkit.edit(lm, requests, guard=Guard(0.1), **QUICK)[0].info["guard"] == "refused"
+    for step in nbkit.edit_sequence(lm, requests, guard=Guard(1e9), **QUICK):
+        if step.index == 0:
+            with nbkit.unedited(lm):
+                expected = nbkit.damage(lm, step.edit, C)["felt_relative"][0]
+            assert step.edit.info["felt_relative"] == pytest.approx(expected, rel=1e-9)
     np.testing.assert_array_equal(other["felt"], given["felt"])
     assert other["felt_relative"][0] != given["felt_relative"][0], "W is what is in the model"
 
@@ -195,8 +202,8 @@ def test_a_refused_edit_goes_wherever_edits_go_and_does_nothing_there(tiny, requ
         assert same_weights(tiny, before)
     other = edits_of(tiny, requests)[0]
     np.testing.assert_allclose(nbkit.perplexity(tiny, texts, edits=[edit, other])[0], perplexity, rtol=1e-12)
-    metrics = nbkit.edit_metrics(tiny, requests[:1], edits=[edit]), nbkit.edit_metrics(tiny, requests[:1])
-    pd.testing.assert_frame_equal(*metrics)
+    for measured in (nbkit.edit_metrics, partial(nbkit.generation_metrics, max_tokens=4)):
+        pd.testing.assert_frame_equal(measured(tiny, requests[:1], edits=[edit]), measured(tiny, requests[:1]))
     nbkit.save_edits([edit, other], tmp_path / "edits.safetensors", tiny)
     loaded, _ = nbkit.load_edits(tmp_path / "edits.safetensors", tiny)
     assert not loaded.deltas and loaded.info["guard"] == "refused"
@@ -311,3 +318,5 @@ def test_rows_of_a_study_say_what_the_guard_did(tiny, requests, contexts, texts,
     refused = frame["guard"] == "refused"
     np.testing.assert_allclose(frame.loc[refused, "perplexity"], frame.loc[refused, "perplexity_before"], rtol=1e-12)
     np.testing.assert_allclose(frame.loc[~refused, "perplexity"], plain.loc[~refused, "perplexity"], rtol=1e-12)
+    in_sequence = sequential_edits(tiny, requests, texts, seeds=[0], guard=Guard(1e-9, second_moment=C), **shared)
+    assert in_sequence["guard"].dropna().tolist() == ["refused"] * 3 and in_sequence["perplexity"].nunique() == 1
