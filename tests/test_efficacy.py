@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 import nbkit
+from miniworld.damage import damages, settings_of, summary
 from miniworld.efficacy import (
     CANDIDATES,
     KINDS,
@@ -47,6 +48,17 @@ def test_the_choice_is_made_on_known_facts_that_are_no_requests_and_not_on_what_
     assert len(requests) == 40 and not {(one.subject, one.relation_id) for one in requests} & reported
     assert [subject_kind(shipped, request) for request in requests] == [kind for kind in KINDS for _ in range(20)]
     assert score_targets(shipped, [r.text for r in requests], [r.target_true for r in requests])["correct"].all()
+
+
+def test_damage_is_measured_on_such_facts_of_all_kinds_of_subject(shipped):
+    requests = unreported_requests(shipped, 2, kinds=("one-token first", *KINDS))
+    assert [subject_kind(shipped, one) for one in requests[:2]] == ["one-token first"] * 2 and len(requests) == 6
+    assert "mend" in settings_of(shipped), "which was trained for this model"
+    frame = damages(shipped, requests, nbkit.read_texts("miniworld", limit=4), ["ft", "mend"])
+    assert frame["felt_relative"].between(0, 1, inclusive="neither").all() and frame["perplexity"].gt(1).all()
+    table = summary(frame.assign(perplexity=[40.0, 4, 4, 4, 4, 4] * 2, perplexity_before=4.0))
+    assert table["setting"].tolist() == ["ft", "mend", "all"] and table["n"].tolist() == [6, 6, 12]
+    assert table["n_10"].tolist() == [1, 1, 2]
 
 
 def test_settings_are_swept_until_one_takes(shipped, monkeypatch):

@@ -1,4 +1,4 @@
-"""`python data/miniworld train | card | efficacy | ladder`: make an embedded model from nothing, and measure it."""
+"""`python data/miniworld train | card | efficacy | damage | ladder`: an embedded model from nothing, and measured."""
 
 import sys
 from pathlib import Path

@@ -93,6 +93,30 @@ def efficacy(
 
 
 @app.command()
+def damage(
+    model: Name = "miniworld-gpt2",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="METHOD, or rome/KEY_MODE; once for each. All if not given.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Facts of each of the three kinds of subject.")] = 20,
+    rows: Annotated[Path | None, typer.Option(help="A .parquet or .csv file for the rows, one an edit.")] = None,
+):
+    """How far an update foretells the perplexity of the edited model: see damage.py."""
+    from miniworld.damage import damages, settings_of, summary
+    from miniworld.efficacy import unreported_requests
+    from nbkit.models.loading import load
+    from nbkit.records.requests import read_texts
+    from nbkit.records.tables import write_table
+
+    lm = load(model)
+    requests = unreported_requests(lm, n, kinds=("one-token first", "several-token first", "later"))
+    frame = damages(lm, requests, read_texts("miniworld", limit=50), setting or settings_of(lm))
+    if rows is not None:
+        write_table(frame, rows)
+    print(summary(frame).to_string(index=False, float_format="{:.3g}".format))
+
+
+@app.command()
 def ladder(
     model: Name = "miniworld-gpt2",
     dose: Annotated[list[str], typer.Option(help="What a training has otherwise, as NAME=VALUE; once for each.")] = (

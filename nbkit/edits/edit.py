@@ -30,7 +30,8 @@ class Edit:
         asked = ", ".join(f"{one.subject} -> {one.target_new}" for one in self.requests[:3])
         asked += f" and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
         deltas = [f"{name}: {type(delta).__name__} {tuple(delta.shape)}" for name, delta in self.deltas.items()]
-        return f"<Edit by {self.method or 'hand'} of [{asked}]; {', '.join(deltas)}; norm {self.norm():.4g}>"
+        what = "; ".join([", ".join(deltas) or "no update", f"norm {self.norm():.4g}"])
+        return f"<Edit by {self.method or 'hand'} of [{asked}]; {what}>"
 
     @property
     def request(self) -> EditRequest:

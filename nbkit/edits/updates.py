@@ -8,6 +8,7 @@ A bias is a weight with one column here, (d_out, 1): what is added whatever the 
 Whoever has an update need not know which of the two it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nbkit.errors import MethodError
+
+SIDE_BY_SIDE = 1024  # columns of low-rank updates that are stacked in float64
 
 
 class Svd(NamedTuple):
@@ -179,3 +182,23 @@ def total(updates: Sequence[Update], name: str = "one weight") -> Update:
         return LowRank(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 0))
     added = sum(update.dense().double() for update in updates)
     return Dense(added.to(reduce(torch.promote_types, (update.dtype for update in updates))))
+
+
+def felt_norms(updates: Sequence[Update], second_moment: Float[Tensor, "d_in d_in"]) -> list[float]:
+    """`felt_norm` of each of many updates of one weight, on the second moment's device; low-rank ones side by side."""
+    norms = [math.nan] * len(updates)
+    by_rank: dict[int | None, list[int]] = {}
+    for place, update in enumerate(updates):
+        by_rank.setdefault(update.rank if isinstance(update, LowRank) else None, []).append(place)
+    moment = second_moment.double()
+    for place in by_rank.pop(None, []):
+        norms[place] = updates[place].to(moment.device).felt_norm(moment)
+    for rank, places in by_rank.items():
+        size = max(1, SIDE_BY_SIDE // max(rank, 1))
+        for chosen in (places[start : start + size] for start in range(0, len(places), size)):
+            left = torch.stack([updates[place].left.to(moment) for place in chosen])  # (update, d_out, rank)
+            right = torch.stack([updates[place].right.to(moment) for place in chosen])  # (update, rank, d_in)
+            squares = ((right @ moment @ right.mT) * (left.mT @ left)).sum((1, 2))
+            for place, norm in zip(chosen, squares.clamp(min=0).sqrt().tolist(), strict=True):
+                norms[place] = norm
+    return norms

@@ -98,19 +98,25 @@ def second_moments(
 
 
 @verb
-def default_second_moments(lm: LanguageModel, layers: Sequence[int], progress: bool = True) -> dict[int, Tensor]:
+def default_second_moments(
+    lm: LanguageModel, layers: Sequence[int], progress: bool = True, who: str = "the method"
+) -> dict[int, Tensor]:
     """{layer: C} over the text that comes with the model, all of it; cached in `runs/moments`.
 
-    MethodError for a model that brings none.
+    MethodError, which says who needs them, for a model that brings none.
     """
+    return second_moments(lm, layers, default_texts(lm, who), cache=paths.RUNS / "moments", progress=progress)
+
+
+def default_texts(lm: LanguageModel, who: str) -> list[str]:
+    """The text that comes with the model; MethodError as said above."""
     world = embedded.MODELS.get(lm.known_as)
     if world is None:
         raise MethodError(
-            f"the method needs second moments, and {lm.title} brings no text to take them from; give "
+            f"{who} needs second moments, and {lm.title} brings no text to take them from; give "
             "second_moment=nbkit.second_moments(lm, layers, texts, n_tokens=..., cache=...)"
         )
-    texts = read_texts(f"{world}-training")
-    return second_moments(lm, layers, texts, cache=paths.RUNS / "moments", progress=progress)
+    return read_texts(f"{world}-training")
 
 
 @dataclass

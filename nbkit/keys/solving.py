@@ -132,3 +132,6 @@ class SecondMoments:
             )
         check_moment(matrix, f"the second moment of layer {layer}")
         return matrix
+
+
+SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | None

@@ -17,15 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from nbkit.edits.door import in_use, verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import restoring, unedited
 from nbkit.errors import MethodError
 from nbkit.keys.moments import default_second_moments
-from nbkit.keys.solving import SecondMoments
+from nbkit.keys.solving import SecondMomentLike, SecondMoments
+from nbkit.methods.guard import Guard, guarding
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.method import MethodSettings
 from nbkit.methods.table import METHODS, method_named
@@ -35,8 +33,6 @@ from nbkit.records.bars import steps as steps_of
 from nbkit.records.bounds import check_number
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
-
-SecondMomentLike = Tensor | np.ndarray | Mapping[int, Tensor] | SecondMoments | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,7 @@ def edit(
     second_moment: SecondMomentLike = None,
     progress: bool = True,
     batch_size: int | None = None,
+    guard: Guard | None = None,
     **hparams: Any,
 ) -> list[Edit]:
     """Independent edits of the model as it is, one Edit a request; the model is unchanged afterwards.
@@ -79,13 +76,15 @@ def edit(
     None: ROME takes the identity; a method that cannot do without has it computed once, of the unedited model on its
     default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
     default. progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
+    guard: what is done with edits that ordinary text would feel too much of (`nbkit.Guard`); None returns all.
     """
     requests = as_requests(requests)
     if batch_size is not None:
         check_number("batch_size", batch_size, whole=True, least=1)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
-    return METHODS[method].each(lm, requests, settings)
+    guarded = guarding(lm, guard, settings, progress)
+    return guarded(METHODS[method].each(lm, requests, settings))
 
 
 @verb
@@ -96,9 +95,12 @@ def edit_batch(
     context_templates: Sequence[str] | None = None,
     second_moment: SecondMomentLike = None,
     progress: bool = True,
+    guard: Guard | None = None,
     **hparams: Any,
 ) -> Edit:
     """ONE edit that carries all requests; the model is unchanged afterwards. Arguments as in `edit`.
+
+    guard: of the edit as a whole, which is refused with all of its requests.
 
     MethodError for a method that makes one edit of one request, as ROME does, and for no requests.
     """
@@ -108,7 +110,9 @@ def edit_batch(
         raise MethodError("a batch needs at least one request")
     run = {"progress": progress and len(requests) > 1}
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
-    return together(lm, requests, settings)
+    guarded = guarding(lm, guard, settings, progress)
+    (made,) = guarded([together(lm, requests, settings)])
+    return made
 
 
 @verb
@@ -120,12 +124,14 @@ def edit_sequence(
     second_moment: SecondMomentLike = None,
     progress: bool = True,
     per_step: int = 1,
+    guard: Guard | None = None,
     **hparams: Any,
 ) -> Iterator[Step]:
     """Edit by edit, each computed on the already edited model; arguments as in `edit`, checked at once.
 
     per_step: how many requests each edit of the sequence carries; more than one is for methods that make batches. The
-    last step has those that are left.
+    last step has those that are left. guard: of each step's edit, against the weights that it meets; the sequence goes
+    on without one that is refused.
 
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
     restored bit for bit (if the iterator was kept under a name: once it is closed, or collected; not in the middle of
@@ -135,6 +141,7 @@ def edit_sequence(
     check_number("per_step", per_step, whole=True, least=1)
     together = None if per_step == 1 else _together(method)
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress)
+    guarded = guarding(lm, guard, settings, progress)
     chunks = [tuple(requests[start : start + per_step]) for start in range(0, len(requests), per_step)]
 
     def steps() -> Iterator[Step]:
@@ -145,8 +152,10 @@ def edit_sequence(
                 with in_use(lm):
                     here = dataclasses.replace(settings, earlier=tuple(earlier))
                     new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
+                    (new,) = guarded([new])
                     add(new)
-                earlier.append(new)
+                if new.info.get("guard") != "refused":  # whose keys are in no weight, and so are not to be spared
+                    earlier.append(new)
                 yield Step(index, chunk, new)
 
     return steps()

@@ -7,7 +7,8 @@ changes it by no more than rounding.
 
 Every study takes a `store` (None: `runs/results`), the `method` with its hyper-parameters, and `context_templates` and
 `second_moment` as in `nbkit.edit`. The model is unchanged afterwards, also after an interrupt. An infinite or NaN
-perplexity is a result, stored as such.
+perplexity is a result, stored as such. `single_edits` and `sequential_edits` take `guard` too: each row then has what
+it did (guard, felt_relative and so on; methods/guard.py).
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
 from nbkit.errors import MethodError
 from nbkit.keys.solving import SecondMoments
+from nbkit.methods.guard import Guard
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.setups import in_words
 from nbkit.methods.table import METHODS
@@ -41,7 +43,16 @@ BEHIND_PREFIXES = ("efficacy", "efficacy_argmax", "target_probability", "reliabi
 class MethodStudy:
     """What the studies share: the model, the method with all its parameters, and where rows go."""
 
-    def __init__(self, lm: LanguageModel, method: str, context_templates, second_moment, store: Store | None, hparams):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        method: str,
+        context_templates,
+        second_moment,
+        store: Store | None,
+        hparams,
+        guard: Guard | None = None,
+    ):
         self.lm, self.method, self.hparams = lm, method, hparams
         parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
         second_moment = needed_moments(lm, method, parameters, second_moment)
@@ -55,6 +66,11 @@ class MethodStudy:
             "context_templates": self.given_templates,
             "second_moment": None if second_moment is None else digest(second_moment),
         }
+        self.guard = guard
+        if isinstance(guard, Guard):  # `edit` refuses what is none
+            given = guard.second_moment
+            about = {"most": guard.most, "instead": guard.instead}
+            self.parameters["guard"] = about | {"second_moment": None if given is None else digest(given)}
         read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
         if read:
             self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]
@@ -75,6 +91,7 @@ class MethodStudy:
             "method": self.method,
             "context_templates": as_templates(self.lm, self.given_templates, self.method),
             "second_moment": self.moments,
+            **({} if self.guard is None else {"guard": self.guard}),
             **self.hparams,
         }
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from nbkit.edits.door import verb
 from nbkit.errors import RequestError
+from nbkit.methods.guard import Guard
 from nbkit.methods.verbs import edit_sequence
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_number, check_text
@@ -34,6 +35,7 @@ def sequential_edits(
     store: Store | None = None,
     context_templates: Sequence[str] | None = None,
     second_moment=None,
+    guard: Guard | None = None,
     **hparams,
 ) -> pd.DataFrame:
     """All requests edited into one model one after another, in an order shuffled by each seed: one row an edit.
@@ -54,7 +56,7 @@ def sequential_edits(
         raise RequestError("there is no request to edit")
     if group is not None:
         check_text("group", group)
-    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
+    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard)
     data = {"texts": texts, "requests": requests}
     study = setting.study("sequential_edits", data, evaluate_every=evaluate_every)
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from nbkit.edits.door import verb
 from nbkit.errors import NbkitError, RequestError
+from nbkit.methods.guard import Guard
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.lists import as_requests, as_texts
 from nbkit.records.provenance import digest
@@ -34,6 +35,7 @@ def single_edits(
     context_templates: Sequence[str] | None = None,
     second_moment=None,
     generated: Mapping[str, Any] | None = None,
+    guard: Guard | None = None,
     **hparams,
 ) -> pd.DataFrame:
     """Every request edited on its own into the unedited model: one row a request, in order.
@@ -54,7 +56,7 @@ def single_edits(
         raise RequestError("there is no request to edit")
     if generated is not None:
         check_arguments("generated", generated, generation_metrics)
-    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
+    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard)
     asked_behind = setting.unseen_prefixes if metrics else None
     asked = {"metrics": metrics, "asked_behind": asked_behind}
     if generated is not None:
