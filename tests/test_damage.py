@@ -158,6 +158,7 @@ def test_bad_arguments_are_refused(tiny, requests, texts):
         (3.0, {"layer": 1}, r"guard must be a Guard, as nbkit.Guard\(most=\.\.\.\), not 3.0"),
         (Guard(1.0), {"layer": 1}, "the guard needs second moments, and tiny-gpt2 brings no text"),
         (Guard(1.0, second_moment="C"), {"layer": 1}, "a second moment is a matrix"),
+        (Guard(1.0, second_moment={2: torch.eye(48)}), {"layer": 1}, "no second moment is given for layer 1"),
         (Guard(1.0, "C-ROME", torch.eye(48)), ft, "C-ROME.* is for edits of rome, not of ft"),
     ]:
         for verb in (nbkit.edit, nbkit.edit_sequence):

@@ -46,14 +46,16 @@ def damages(
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a setting, and one for "all": n, felt and its max (felt_relative, median first), ratio and its max (of
-    perplexity), slope with its interval (of log ratio on log felt_relative), and for each of RISES how many edits rise
-    so much, the areas under the ROC curves of felt_relative and of update_norm for these, and the cut of felt_relative
-    with the fewest misjudged, and how many those are."""
+    perplexity), rho and rho_norm (Spearman's, of felt_relative and of update_norm with the ratio), slope with its
+    interval (of log ratio on log felt_relative), and for each of RISES how many edits rise so much, the areas under the
+    ROC curves of felt_relative and of update_norm for these, and the cut of felt_relative with the fewest misjudged,
+    and how many those are."""
     rows = []
     for setting, group in [*frame.groupby("setting", sort=False), ("all", frame)]:
         felt, ratio = group["felt_relative"], ratios(group)
         row = {"setting": setting, "n": len(group), "felt": felt.median(), "felt_max": felt.max()}
         row |= {"ratio": ratio.median(), "ratio_max": ratio.max()}
+        row |= {"rho": felt.corr(ratio, "spearman"), "rho_norm": group["update_norm"].corr(ratio, "spearman")}
         for rise in RISES:
             found, cut = calibration(group, ratio=rise), threshold(group, ratio=rise)
             if rise == RISES[0]:

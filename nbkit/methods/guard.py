@@ -23,8 +23,6 @@ from nbkit.methods.rome import rome
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import Bounded, bounded, shown
 
-OUTCOMES = ("passed", "fell back", "refused")
-
 
 @dataclass(frozen=True)
 class Guard(Bounded):
@@ -36,6 +34,15 @@ class Guard(Bounded):
     is above `most` too.
     second_moment: as in `damage`, of ordinary text. None: what the edit itself is given, or else of the unedited model
     on its default text.
+
+    `most` has no default, because no number serves all methods and models. By `python data/miniworld damage --n 15`, of
+    45 edits by ROME of miniworld-gpt2 those that raise perplexity 1.5-fold or more are felt from 4.7 on and all others
+    up to 3.3 (tenfold: from 16.6 on), and by C-ROME and p-ROME none is felt above 3.5 and none rises so much. So for
+    ROME `most=4` there: of 75 further edits it kept back all 22 that rise so much, and 3 more, by 1.27 or more. C-ROME
+    instead passed in all 25, and made 2 of their new targets likelier than the true ones, where ROME did 20. But 15 of
+    45 edits by KN and one by MEMIT rise so much at 0.28 to 0.65, where edits by others do no harm: to these it is
+    blind. On miniworld-llama, where none is felt above 2.8, 4 of 315 rise 1.5-fold, by 1.6 at most. For a model of your
+    own, `records.calibration.threshold` says what would have served edits that were measured.
 
     A refused edit is an Edit of the same requests without updates, and no exception: of a batch of many, those that
     are harmless shall not be lost with the one that is not, the list keeps one Edit a request, and whatever takes edits
@@ -72,6 +79,8 @@ def guarding(
         default_texts(lm, "the guard")
     elif not isinstance(given, SecondMoments):
         given = SecondMoments(given, lm)
+    for layer in getattr(settings.parameters, "layers", ()) if given is not None else ():
+        given.matrix(layer)
 
     @cache
     def moments(*layers: int) -> SecondMoments:
