@@ -23,7 +23,7 @@ figures: $(STAMP) ## run every notebook on the embedded model; writes figures/ a
 
 test: $(STAMP) ## lint, then run the tests
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
 
 test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser (Chromium), and look at it; best after figures
 	$(RUN) -m pytest tests/lab
