@@ -47,6 +47,7 @@ def kept_up(write: Callable[[], None], seconds: float) -> Iterator[None]:
         yield
     finally:
         over.set()
-        keeper.join()
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(RuntimeError):  # interrupted while it was started: it ends by itself, as all is over
+            keeper.join()

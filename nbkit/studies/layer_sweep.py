@@ -10,18 +10,19 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nbkit.edits.door import in_use
+from nbkit.edits.door import in_use, verb
 from nbkit.errors import MethodError
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.table import method_named
 from nbkit.methods.verbs import SecondMomentLike, as_templates, edit
-from nbkit.models.language_model import LanguageModel, check_model
+from nbkit.models.language_model import LanguageModel
 from nbkit.records.requests import EditRequest
 from nbkit.studies.metrics import edit_metrics, perplexity
 
 MEASURED = ("efficacy_argmax", "target_probability", "paraphrase_argmax", "neighborhood_argmax")
 
 
+@verb
 def layer_sweep(
     lm: LanguageModel,
     request: EditRequest,
@@ -42,7 +43,6 @@ def layer_sweep(
     The others as in `nbkit.edit`. MethodError for a method without layers, ModelError for a layer that does not exist,
     both at once.
     """
-    check_model(lm)
     names = {field.name for field in dataclasses.fields(method_named(method).parameters)}
     if not {"layer", "layers"} & names:
         raise MethodError(f"{method} is given no layer, so there is none to sweep over")
