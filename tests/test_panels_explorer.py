@@ -5,8 +5,11 @@ import threading
 import time
 
 import pytest
+import torch
 
 import nbkit
+from nbkit.edits.door import verb
+from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError
 from nbkit.panels import fragments
 from nbkit.panels.jobs import Cancelled, Jobs, jobs_of
@@ -261,6 +264,33 @@ def test_a_job_is_cancelled_inside_a_step_too(monkeypatch, capfd):
     jobs.wait(10)
     assert str(told.pop()) == "works was cancelled at 0 of 2"
     assert said[-2] == "keys 3 of 5" and capfd.readouterr().err == ""
+
+
+def test_a_cell_and_a_job_wait_for_each_other(tiny, texts):
+    """As when Edit is pressed while cells further down still run."""
+    jobs, order, failed = jobs_of(tiny), [], []
+    weight = {tiny.weight_name(1): Dense(torch.ones(32, 48, dtype=torch.float64))}
+    expected = nbkit.perplexity(tiny, texts)
+
+    @verb
+    def slowly(lm, who):
+        order.append(f"{who} begins")
+        time.sleep(0.2)
+        order.append(f"{who} ends")
+
+    for first in ("job", "cell"):
+        order.clear()
+        jobs.start("slow", lambda step: slowly(tiny, "job"), lambda _: None, failed.append)
+        if first == "job":
+            while not order:
+                time.sleep(0.001)
+        slowly(tiny, "cell")
+        with nbkit.applied(tiny, nbkit.Edit(weight)):
+            time.sleep(0.05)
+        assert nbkit.perplexity(tiny, texts) == expected
+        jobs.wait(10)
+        assert [each.split()[0] for each in order] in (["job", "job", "cell", "cell"], ["cell", "cell", "job", "job"])
+    assert not failed
 
 
 def test_a_model_has_one_row_of_jobs(tiny):

@@ -3,7 +3,8 @@
     @verb
     def perplexity(lm, texts): ...
 
-A verb begins only if no other thread is using the model and nothing foreign lies on its modules (edits/placed.py).
+A verb begins only if no other thread is using the model (for a panel's job it waits, and a job for it) and nothing
+foreign lies on its modules (edits/placed.py).
 However it ends, hooks and edits that it put there are gone, and what the garbage collector ended meanwhile (a loop over
 `edit_sequence` that was dropped) is taken out then, not in the middle. Verbs inside a verb pass without a look at all
 modules again.
@@ -25,6 +26,7 @@ class in_use(Guarded):
     """A verb at work on `lm`, an EditableModel. ModelError as said above."""
 
     def __init__(self, lm):
+        lm.take_turn()
         self.lm = lm
 
     def begin(self) -> None:

@@ -4,6 +4,7 @@
 """
 
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from nbkit.edits.hashes import hash_of, state, states
 from nbkit.edits.interrupts import uninterrupted
 from nbkit.edits.updates import Update
 from nbkit.errors import ModelError
+
+TURN_SECONDS = 0.01  # between two looks at whose turn it is
+OVERLAY_SECONDS = 30  # that a panel's job waits for a `with applied(...)` of a cell
 
 
 @dataclass(eq=False)
@@ -54,7 +58,7 @@ class EditableModel:
     overlays: the edits that lie in the weights, lowest first; those of a `with` lie above those of `apply`.
 
     One thread at a time uses it: while a verb, a `with applied(...)` or a loop over `edit_sequence` of one is open,
-    another's get a ModelError.
+    another's get a ModelError. Panels' jobs and the others wait for each other's verbs instead (`take_turn`).
     """
 
     model: PreTrainedModel
@@ -174,6 +178,24 @@ class EditableModel:
         if mine:
             known[1][place.data_ptr()] = state(place)
             self._known = known
+
+    def take_turn(self) -> None:
+        """Waits while a verb of another thread is at work, if that thread or this one has `takes_turns`: those of a
+        panel's jobs have, which begin while cells run. They wait for a `with applied(...)` of a cell too, but not for
+        ever, since a loop over `edit_sequence` may have been left. Others are refused, as `check_thread` says."""
+        me = threading.current_thread()
+        patient, until = getattr(me, "takes_turns", False), time.monotonic() + OVERLAY_SECONDS
+
+        def elsewhere(thread: threading.Thread | None) -> bool:
+            return thread not in (None, me) and thread.is_alive()
+
+        def awaited() -> bool:
+            verbs = [use.thread for use in [*self.uses] if patient or getattr(use.thread, "takes_turns", False)]
+            lain = [each.thread for each in [*self.overlays]] if patient and time.monotonic() < until else []
+            return any(map(elsewhere, verbs + lain))
+
+        while awaited():
+            time.sleep(TURN_SECONDS)
 
     def check_thread(self) -> None:
         """ModelError while another thread is using the model."""

@@ -50,6 +50,7 @@ class Ledger(Overlay):
         return pd.DataFrame(rows, columns=columns)
 
     def _check_nothing_above(self, lm: EditableModel, verb: str) -> None:
+        lm.take_turn()
         lm.check_thread()
         if len(lm.overlays) > 1:
             raise ModelError(

@@ -30,6 +30,7 @@ class restoring(Guarded):
     """
 
     def __init__(self, lm: EditableModel):
+        lm.take_turn()
         self.lm, self.overlay = lm, Overlay()
 
     def begin(self) -> Callable[[Edit], None]:
@@ -96,6 +97,7 @@ class unedited(Guarded):
     """
 
     def __init__(self, lm: EditableModel):
+        lm.take_turn()
         self.lm = lm
 
     def begin(self) -> EditableModel:

@@ -104,6 +104,7 @@ class Jobs:
 
         self._tell(job)
         self._thread = threading.Thread(target=run, name=f"nbkit: {name}", daemon=True)
+        self._thread.takes_turns = True  # with cells that run meanwhile, see EditableModel.take_turn
         self._thread.start()
         return True
 

@@ -120,6 +120,17 @@ def test_a_person_edits_a_fact(open_notebook, lm):
     assert not [text for cell in shown.cells() for text in cell["tracebacks"]]
 
 
+def test_a_click_while_cells_run_does_no_harm(open_notebook):
+    shown = open_notebook("00_explore_one_edit")
+    page = shown.page
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    button(page, "Edit").click(timeout=WAIT)
+    expect(page.get_by_text("The edit in numbers")).to_be_visible(timeout=WAIT)
+    page.wait_for_function("() => look.ran()", timeout=WAIT)
+    assert not [text for cell in shown.cells() for text in cell["tracebacks"]]
+
+
 @pytest.mark.parametrize(("size", "theme"), [(SMALL, "dark"), (LARGE, "light")])
 def test_it_works_by_keyboard_and_fits(size, theme, open_notebook, server):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SHORT)])
