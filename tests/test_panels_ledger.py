@@ -88,7 +88,7 @@ def test_an_undo_does_not_run_beside_another_job(edited):
     view.undo_all.click()
     assert "“layers” is at work" in view.notice.value
     view.refresh()
-    assert "in use by the thread" in view.state.value and "Ann is in" in view.state.value
+    assert "“layers” is at work on the model" in view.state.value and "Ann is in" in view.state.value
     go_on.set()
     view.jobs.wait()
     assert edited.hash == before

@@ -118,13 +118,13 @@ def test_while_the_model_is_at_work_nothing_else_is_computed_and_the_choice_is_s
     began.wait(10)
     assert not browser.refresh() and "“layers” is at work" in browser.notice.value
     write(browser, prompt="{} sings the", subject="You", target_new="song")
-    assert browser.request.subject == "You" and "in use by the thread" in browser.words.value
+    assert browser.request.subject == "You" and "“layers” is at work on the model" in browser.words.value
     assert "not computed yet" in browser.words.value
     go_on.set()
     jobs_of(tiny).wait()
     browser.again.click()
     browser.jobs.wait()
-    assert "not computed yet" not in browser.words.value and "in use" not in browser.words.value
+    assert "not computed yet" not in browser.words.value and "at work" not in browser.words.value
 
 
 def test_the_risk_can_wait_until_it_is_asked_for(tiny, requests, settings, monkeypatch):

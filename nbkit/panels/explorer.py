@@ -290,6 +290,8 @@ class Explorer(VBox):
             self.views.show_layers(self.rows)
 
     def _show_state(self) -> None:
+        if self.jobs.current is not None:  # at its end the state is shown again
+            return
         n = self.lm.n_applied
         carries = f"carries {n} edit{'s' * (n > 1)}" if n else "unedited"
         shape = f"{self.lm.n_layers} layers, {self.lm.d_model} wide, keys of {self.lm.d_mlp}, {self.lm.dtype}"

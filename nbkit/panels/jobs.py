@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbkit.errors import NbkitError
+from nbkit.errors import ModelError, NbkitError
 from nbkit.records import bars
 
 
@@ -107,6 +107,13 @@ class Jobs:
         self._thread.takes_turns = True  # with cells that run meanwhile, see EditableModel.take_turn
         self._thread.start()
         return True
+
+    def check_free(self) -> None:
+        """ModelError while a job runs. For what a panel asks of the model by itself, which would wait for the job and
+        keep the page from answering."""
+        job = self.current
+        if job is not None:
+            raise ModelError(f"“{job.name}” is at work on the model; try again when it is through")
 
     def cancel(self) -> None:
         """Asks the job that runs to stop at its next step."""

@@ -69,8 +69,9 @@ class LedgerView(VBox):
     def _weights(self) -> str:
         """Hash, whether it is that of the unedited model, and edits that are none of the ledger's."""
         try:
+            self.jobs.check_free()
             now, unedited = self.lm.hash, self.lm.base_hash
-        except NbkitError as error:  # as while another thread is using the model
+        except NbkitError as error:  # as while a job is at work on the model
             return fragments.error(error)
         n_others = self.lm.n_applied - len(self.lm.ledger.edits)
         which = "those of the unedited model, bit for bit" if now == unedited else "not those of the unedited model"

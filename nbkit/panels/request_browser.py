@@ -174,6 +174,7 @@ class RequestBrowser(VBox):
         if self.request is None or known or self.frame["risk"].isna().all():
             return None
         try:
+            self.jobs.check_free()
             self._own = self.request, float(collapse_risk(self.lm, [self.request], **self.settings)["risk"].iloc[0])
         except NbkitError as error:  # as while a job is at work on the model
             return error
