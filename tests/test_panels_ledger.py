@@ -21,6 +21,12 @@ def edit_of(lm, layer, subject):
     return Edit({lm.weight_name(layer): update}, (EditRequest("{} is in", subject, "Krela"),), "rome")
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """A job gives up at once on an open `with applied`, as it else does after some seconds."""
+    monkeypatch.setattr("nbkit.edits.editable.OVERLAY_SECONDS", 0)
+
+
 @pytest.fixture
 def edited(tiny):
     for layer, subject in enumerate(["Ann", "<b>Vouda</b>"]):

@@ -24,7 +24,7 @@ from nbkit.edits.updates import Update
 from nbkit.errors import ModelError
 
 TURN_SECONDS = 0.01  # between two looks at whose turn it is
-OVERLAY_SECONDS = 30  # that a panel's job waits for a `with applied(...)` of a cell
+OVERLAY_SECONDS = 5  # that a panel's job waits for a `with applied(...)` of a cell
 
 
 @dataclass(eq=False)
