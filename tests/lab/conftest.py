@@ -18,7 +18,7 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 NO_BROWSER = "no browser{}: install chromium (Debian/Ubuntu: apt-get install chromium; or set NBKIT_BROWSER to one)"
 ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",  # which is small in a container
 )  # fmt: skip
 
 
