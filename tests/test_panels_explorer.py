@@ -12,7 +12,7 @@ from nbkit.edits.door import verb
 from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError
 from nbkit.panels import fragments
-from nbkit.panels.jobs import Cancelled, Jobs, jobs_of
+from nbkit.panels.jobs import Cancelled, Job, Jobs, jobs_of
 from nbkit.panels.settings import SettingsForm
 from nbkit.records import bars
 from nbkit.records.requests import EditRequest
@@ -234,19 +234,14 @@ def test_what_a_job_raises_is_told_and_the_next_one_runs():
     assert isinstance(told.pop(), Cancelled)
 
 
-def test_a_job_says_how_long_it_will_take():
-    jobs, left = Jobs(), []
-    jobs.watch(lambda job: left.append(job and job.seconds_left))
-
-    def work(step):
-        for n_done in range(4):
-            step(n_done, 4)
-            time.sleep(0.02)
-
-    jobs.start("works", work, lambda _: None, pytest.fail)
-    jobs.wait(10)
-    assert left[:2] == [None, None] and left[-1] is None
-    assert left[2] > left[4] > 0
+def test_a_job_says_how_long_it_will_take(monkeypatch):
+    job = Job("works", n_total=4, began=100.0)
+    monkeypatch.setattr("nbkit.panels.jobs.time.monotonic", lambda: 102.0)
+    assert job.seconds == 2 and job.seconds_left is None
+    job.n_done = 1
+    assert job.seconds_left == 6
+    job.n_done = 4
+    assert job.seconds_left == 0
 
 
 def test_a_job_is_cancelled_inside_a_step_too(monkeypatch, capfd):
