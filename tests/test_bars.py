@@ -52,7 +52,8 @@ def test_a_bar_says_what_how_far_and_how_long_it_will_take(capsys, at_once):
     for _ in steps(range(3), "miniworld-gpt2: keys", "layer"):
         time.sleep(0.15)
     # what is behind < is the time left
-    assert re.search(r"miniworld-gpt2: keys:  67%.* 2/3 \[\d\d:\d\d<\d\d:\d\d,.*(layer/s|s/layer)", capsys.readouterr().err)
+    shown = r"miniworld-gpt2: keys:  67%.* 2/3 \[\d\d:\d\d<\d\d:\d\d,.*(layer/s|s/layer)"
+    assert re.search(shown, capsys.readouterr().err)
 
 
 def test_what_is_done_at_once_leaves_no_line(capsys):
