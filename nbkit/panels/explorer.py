@@ -286,7 +286,7 @@ class Explorer(VBox):
         count = f": {job.n_done} of {job.n_total}" if job.n_total else ""
         within = f" ({job.within})" if job.within else ""
         self.status.value = fragments.note(f"{job.name}{count}{left}{within}")
-        if self.rows and job.name.startswith("layers of"):
+        if self.rows and job.name.startswith("layers of") and not job.within:  # a layer more is done
             self.views.show_layers(self.rows)
 
     def _show_state(self) -> None:

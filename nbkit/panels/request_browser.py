@@ -276,14 +276,4 @@ class RequestBrowser(VBox):
             self.bar.max, self.bar.value = max(job.n_total, 1), job.n_done
 
 
-def requests(
-    lm: LanguageModel,
-    data: str | Path | Sequence[EditRequest] = "miniworld",
-    layer: int | None = None,
-    key_mode: str = "mixed",
-    second_moment: SecondMomentLike = None,
-    context_templates: Sequence[str] | None = None,
-    risk: bool = True,
-) -> RequestBrowser:
-    """A table of requests with their collapse risk, to choose one from or to write one: see RequestBrowser."""
-    return RequestBrowser(lm, data, layer, key_mode, second_moment, context_templates, risk)
+requests = RequestBrowser  # as it is called where it is used

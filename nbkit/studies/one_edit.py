@@ -19,10 +19,11 @@ from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied, unedited
 from nbkit.edits.regularisers import regularise
+from nbkit.edits.updates import Dense
+from nbkit.keys.felt import projections
 from nbkit.keys.moments import second_moments
 from nbkit.methods.verbs import SecondMomentLike, as_templates
 from nbkit.methods.verbs import edit as edits_of
-from nbkit.models.edited import layer_of
 from nbkit.models.generation import generated
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import encode, target_ids, tokenize, unseen_templates
@@ -112,10 +113,11 @@ def one_edit(
         edit = regularise(edit, lm, regulariser, **(regulariser_arguments or {}))
     seconds = time.perf_counter() - began
     tell(1, N_STEPS)
+    layers, carries = projections(lm, [edit]), lm.n_applied > 0
     with unedited(lm):
         unseen = unseen_templates(lm, templates)[:1]
-        without = perplexity(lm, texts)
-        moments = second_moments(lm, _layers(lm, edit), texts)
+        without = perplexity(lm, texts) if carries else None
+        moments = second_moments(lm, list(layers.values()), texts)
     reference = neighborhood_tokens(lm, [request])
     asked = _asked(request, unseen)
 
@@ -139,8 +141,8 @@ def one_edit(
         next_tokens=_next_tokens(lm, request, likely, likely_after),
         said=pd.DataFrame({"prompt": _opened(request), "before": said, "after": said_after}),
         metrics=pd.concat([metrics, metrics_after], ignore_index=True).set_axis(["before", "after"]),
-        perplexity={"unedited": without, "before": before, "after": after},
-        weights=_weights(lm, edit, moments),
+        perplexity={"unedited": without if carries else before, "before": before, "after": after},
+        weights=_weights(lm, edit, {name: moments[layer] for name, layer in layers.items()}),
         n_before=lm.n_applied,
         seconds=seconds,
     )
@@ -192,20 +194,13 @@ def _goes_on(lm: LanguageModel, request: EditRequest, max_tokens: int, end: str 
     return [one.text for one in generated(lm, prompts, max(1, min(max_tokens, room)), end=end)]
 
 
-def _layers(lm: LanguageModel, edit: Edit) -> list[int]:
-    """The layers whose MLP projection the edit changes."""
-    return [layer for layer in range(lm.n_layers) if lm.weight_name(layer) in edit.deltas]
-
-
-def _weights(lm: LanguageModel, edit: Edit, moments: Mapping[int, torch.Tensor]) -> pd.DataFrame:
+def _weights(lm: LanguageModel, edit: Edit, moments: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    """moments: of the keys of each weight that is an MLP projection, by its name."""
     rows = []
     for name, delta in edit.deltas.items():
-        layer = layer_of(lm, name)
-        weight = lm.oriented(name).double()
-        row = {"weight": name, "norm": delta.norm(), "of_weight": float(weight.norm())}
-        felt = of_output = np.nan
-        if layer in moments and name == lm.weight_name(layer):
-            felt = delta.to(lm.device).felt_norm(moments[layer])
-            of_output = float(((weight @ moments[layer]) * weight).sum().sqrt())
+        weight, felt, of_output = Dense(lm.oriented(name)), np.nan, np.nan
+        if name in moments:
+            felt, of_output = delta.to(lm.device).felt_norm(moments[name]), weight.felt_norm(moments[name])
+        row = {"weight": name, "norm": delta.norm(), "of_weight": weight.norm()}
         rows.append({**row, "felt": felt, "of_output": of_output})
     return pd.DataFrame(rows)
