@@ -402,7 +402,7 @@ def test_without_a_folder_figures_do_not_replace_the_project_s(ax, tmp_path, mon
 def test_an_unwritable_figure_folder_is_said_and_old_files_stay(ax, tmp_path, monkeypatch):
     ax.plot([1, 2])
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultsError, match="cannot write the figure toy to .*NBKIT_FIGURES"):
+    with pytest.raises(ResultsError, match="cannot write toy to .*NBKIT_FIGURES"):
         plots.save_figure(ax.figure, "toy", "Toy.", tmp_path / "file" / "figures")
     (path, *_) = plots.save_figure(ax.figure, "toy", "Old.", tmp_path)
 

@@ -36,7 +36,15 @@ from nbkit.plots.single_edits import (
     perplexity_strips,
     risk_roc,
 )
-from nbkit.plots.style import COLUMN, TWO_COLUMNS, label_panels, paper_style, save_figure, shared_legend
+from nbkit.plots.style import (
+    COLUMN,
+    TWO_COLUMNS,
+    label_panels,
+    paper_style,
+    save_figure,
+    save_verdicts,
+    shared_legend,
+)
 from nbkit.plots.surrogate import perplexity_vs_task, perplexity_vs_tasks
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 from nbkit.plots.training import collapse_over, median_over, training_panels, value_over

@@ -3,7 +3,7 @@
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from nbkit import paths
 from nbkit.errors import ResultsError
 from nbkit.records.files import write_atomically
+from nbkit.records.verdicts import Verdict, as_markdown
 
 NO_DATES = {"pdf": ["CreationDate", "ModDate", "Creator", "Producer"], "png": ["Software"], "svg": ["Date", "Creator"]}
 COLUMN = 3.4  # inches: the width of one column of a two-column paper
@@ -200,13 +201,33 @@ def save_figure(fig: Figure, name: str, caption: str, folder: str | Path | None 
             drawn = io.BytesIO()
             fig.savefig(drawn, format=kind, metadata=dict.fromkeys(NO_DATES.get(kind, [])) or None)
             files[folder / f"{name}.{kind}"] = drawn.getvalue()
+    _write(name, folder, files)
+    return list(files)
+
+
+def save_verdicts(verdicts: Sequence[Verdict], name: str, caption: str, folder: str | Path | None = None) -> Path:
+    """Writes claims and what was measured of them as a table in Markdown, the caption below it; returns its path.
+
+    Args:
+        name: of the file, without .md: "01_verdicts". `python -m nbkit figures` collects the files that end in
+            _verdicts.md into verdicts.md.
+        caption: what all of them were measured on, as of a figure: n, seeds, and what intervals are over.
+
+    Raises ResultsError as `save_figure` does.
+    """
+    folder = paths.figures() if folder is None else Path(folder)
+    path = folder / f"{name}.md"
+    _write(name, folder, {path: f"{as_markdown(verdicts)}\n{caption.strip()}\n".encode()})
+    return path
+
+
+def _write(name: str, folder: Path, files: Mapping[Path, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             write_atomically(path, lambda file, content=content: file.write(content))
     except OSError as error:
         raise ResultsError(
-            f"cannot write the figure {name} to {folder}: {error.strerror or error}. Free or unlock the folder, or set "
+            f"cannot write {name} to {folder}: {error.strerror or error}. Free or unlock the folder, or set "
             "NBKIT_FIGURES to another one"
         ) from error
-    return list(files)

@@ -1,0 +1,59 @@
+"""Claims held to what was measured: the outcome over models, the table, and how the notebooks' tables are collected."""
+
+import pytest
+
+from nbkit import plots
+from nbkit.errors import MethodError
+from nbkit.records import verdicts
+from nbkit.records.verdicts import Verdict
+
+
+def claim(*holds) -> Verdict:
+    verdict = Verdict("Edits collapse | it", "A, fig. 1", "77 (recalled)", "some edit raises perplexity tenfold")
+    for number, each in enumerate(holds):
+        verdict.of(f"model-{number}", f"{number} of 9", each)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("holds", "outcome"),
+    [
+        ([True, True], "holds"),
+        ([False, False], "does not hold"),
+        ([True, False], "partly"),
+        ([True, "partly"], "partly"),
+        (["partly"], "partly"),
+        ([True, None], "holds"),
+        ([None], "not measured"),
+        ([], "not measured"),
+    ],
+)
+def test_a_claim_holds_where_all_measured_models_agree(holds, outcome):
+    assert claim(*holds).outcome == outcome
+
+
+def test_a_verdict_takes_numpy_truth_and_refuses_other_words():
+    import numpy as np
+
+    assert claim(np.bool_(False)).outcome == "does not hold"
+    with pytest.raises(MethodError, match="holds must be"):
+        claim("mostly")
+
+
+def test_the_table_says_model_by_model_what_was_measured():
+    (row,) = verdicts.table([claim(True, False)]).to_dict("records")
+    assert row["measured here"] == "model-0: 0 of 9 (holds); model-1: 1 of 9 (does not hold)"
+    assert row["verdict"] == "partly" and row["published"] == "77 (recalled)"
+    assert "tenfold" in row["holds where"] and row["claim"] == "Edits collapse | it (A, fig. 1)"
+
+
+def test_saved_tables_are_collected_in_the_order_of_their_notebooks(tmp_path):
+    for name in ("03_verdicts", "01_verdicts"):
+        path = plots.save_verdicts([claim(True)], name, f"n = 9, of {name}.", tmp_path)
+        assert path == tmp_path / f"{name}.md"
+    (tmp_path / "01_other.md").write_text("no verdict")
+    text = verdicts.collected(tmp_path)
+    assert text.index("## 01\n") < text.index("n = 9, of 01_verdicts.") < text.index("## 03\n")
+    assert "no verdict" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| Edits")]
+    assert rows and all(line.replace("\\|", "").count("|") == 6 for line in rows)
