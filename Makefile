@@ -12,14 +12,17 @@ OF_LAB := metadata.widgets metadata.papermill cell.metadata.papermill cell.metad
           $(foreach key,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version,metadata.language_info.$(key))
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-lab lab filter miniworld clean
+.PHONY: help figures figures-full test test-lab lab filter miniworld clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-figures: $(STAMP) ## run every notebook on the embedded model; writes figures/ and runs/
+figures: $(STAMP) ## run every notebook on the embedded models, in a small size; writes figures/ and runs/
 	$(RUN) -m nbkit figures
+
+figures-full: $(STAMP) ## the same in full size, as the figures that git has; hours, and goes on where it stopped
+	$(RUN) -m nbkit figures --full
 
 test: $(STAMP) ## lint, then run the tests
 	$(RUN) -m ruff check .

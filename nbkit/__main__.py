@@ -88,6 +88,9 @@ def run(
     p: Pairs = None,
     out: Out = None,
     hparams: Hparams = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for its figures.", show_default="beside the executed copy")
+    ] = None,
 ):
     """Execute one notebook with some of its parameters replaced; the executed copy goes to runs/.
 
@@ -96,7 +99,7 @@ def run(
     from nbkit.batch.run import run_notebook
 
     own_hparams(hparams)
-    typer.echo(run_notebook(notebook, by_name(p), out))
+    typer.echo(run_notebook(notebook, by_name(p), out, figures=figures))
 
 
 @app.command(cls=PairsCommand)
@@ -167,19 +170,27 @@ def doctor():
 def figures(
     out: Out = None,
     notebooks: Annotated[Path | None, typer.Option(help="Folder of notebooks.", show_default="notebooks/")] = None,
+    full: Annotated[bool, typer.Option("--full", help="With the sizes in full/ beside the notebooks.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Notebooks at a time.", show_default="one a core, up to 4; on a GPU 1")
+    ] = None,
 ):
     """Execute every notebook with its defaults; figures go to figures/, executed copies to runs/.
 
-    Those of another folder of notebooks go beside the executed copies.
+    Those of another folder of notebooks go beside the executed copies. What was measured of the papers' claims is
+    collected in verdicts.md.
     """
     from nbkit import batch, paths
+    from nbkit.records import verdicts
 
     folder = notebooks or batch.NOTEBOOKS
     all_of_them = sorted(folder.glob("*.ipynb"))
     if not all_of_them:
         raise NbkitError(f"there are no notebooks in {folder}")
     drawn = paths.figures(paths.ROOT / "figures") if notebooks is None else None
-    failures = batch.run_all(all_of_them, out, figures=drawn)
+    failures = batch.run_all(all_of_them, out, figures=drawn, full=full, jobs=jobs)
+    if drawn is not None:
+        verdicts.collect(drawn)
     for error in failures.values():
         typer.echo(f"\n{error}", err=True)
     if failures:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from papermill.translators import translate_parameters
 from nbkit.batch import NOTEBOOKS, kernels
 from nbkit.batch import run as batch
 from nbkit.batch.allowed import allowed_by
+from nbkit.batch.figures import full_parameters, run_all
 from nbkit.batch.parameters import checked, convert, declared, fitted
 from nbkit.batch.record import is_finished, keep_record, record_of
-from nbkit.batch.run import copy_name, find_notebook, run_all, run_notebook
+from nbkit.batch.run import copy_name, find_notebook, run_notebook
 from nbkit.batch.sweep import combinations, grid_of, sweep
 from nbkit.errors import NotebookError, ParameterError, ResultsError
 from nbkit.methods.table import METHODS
@@ -566,11 +568,32 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
 
 def test_run_all_finishes_the_others(tmp_path):
     paths = [notebook("fails"), notebook("no_parameters"), notebook("works")]
-    failures = run_all(paths, tmp_path, progress=False)
+    failures = run_all(paths, tmp_path, progress=False, jobs=2)
     assert list(failures) == paths[:2]
     assert isinstance(failures[paths[0]], NotebookError)
     assert isinstance(failures[paths[1]], ParameterError)
     assert (tmp_path / "works/works.ipynb").is_file()
+
+
+def test_the_full_size_of_a_notebook_stands_in_a_file_that_fits_it(tmp_path):
+    path = Path(shutil.copy(notebook("works"), tmp_path))
+    assert full_parameters(path) == {}
+    file = tmp_path / "full" / "works.toml"
+    file.parent.mkdir()
+    file.write_text("count = 7\n")
+    assert full_parameters(path) == {"count": 7}
+    assert run_all([path], tmp_path / "runs", progress=False, full=True, jobs=1) == {}
+    assert [copy.name for copy in (tmp_path / "runs").rglob("*.ipynb")] == ["works--count=7.ipynb"]
+    for text, said in (("cuont = 7", "no parameter cuont"), ("count = ", "cannot be read")):
+        file.write_text(text)
+        with pytest.raises(ParameterError, match=f"works.toml.*{said}"):
+            full_parameters(path)
+        assert list(run_all([path], tmp_path / "runs", progress=False, full=True)) == [path]
+
+
+@pytest.mark.parametrize("file", sorted((NOTEBOOKS / "full").glob("*")), ids=lambda file: file.stem)
+def test_every_file_of_full_sizes_fits_a_notebook(file):
+    assert full_parameters(NOTEBOOKS / f"{file.stem}.ipynb")
 
 
 def test_copy_names_are_readable_and_never_shared():

@@ -162,6 +162,7 @@ def test_a_signal_lets_the_notebook_clean_up_and_is_told_in_one_line(command, na
     if command == "figures":
         (tmp_path / "notebooks").mkdir()
         text = path.read_text().replace('note: str = \\"\\"', f'note: str = \\"{note}\\"')
+        text = text.replace("os.getppid()", "__import__('psutil').Process(os.getppid()).ppid()")
         (tmp_path / "notebooks" / path.name).write_text(text)
         path, given = "--notebooks", [tmp_path / "notebooks"]
     result = nbkit(command, path, *given, "--out", tmp_path / "runs")
@@ -207,7 +208,7 @@ def test_hyper_parameters_of_one_s_own_reach_the_notebook_from_where_one_stands(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NBKIT_HPARAMS", "before")
     seen = {}
-    monkeypatch.setattr("nbkit.batch.run.run_notebook", lambda *_: seen.update(os.environ))
+    monkeypatch.setattr("nbkit.batch.run.run_notebook", lambda *_, **__: seen.update(os.environ))
     monkeypatch.setattr(sys, "argv", ["nbkit", "run", "01", "--hparams", "mine.toml"])
     with pytest.raises(SystemExit):
         main()

@@ -52,8 +52,12 @@ def test_saved_tables_are_collected_in_the_order_of_their_notebooks(tmp_path):
         path = plots.save_verdicts([claim(True)], name, f"n = 9, of {name}.", tmp_path)
         assert path == tmp_path / f"{name}.md"
     (tmp_path / "01_other.md").write_text("no verdict")
-    text = verdicts.collected(tmp_path)
+    text = verdicts.collect(tmp_path).read_text()
     assert text.index("## 01\n") < text.index("n = 9, of 01_verdicts.") < text.index("## 03\n")
     assert "no verdict" not in text
     rows = [line for line in text.splitlines() if line.startswith("| Edits")]
     assert rows and all(line.replace("\\|", "").count("|") == 6 for line in rows)
+
+
+def test_a_folder_without_verdicts_gets_no_file(tmp_path):
+    assert verdicts.collect(tmp_path) is None and not list(tmp_path.iterdir())

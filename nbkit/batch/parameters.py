@@ -127,7 +127,7 @@ def papermill_path(path):
 def declared(path) -> dict[str, Parameter]:
     """The parameters of the notebook at `path`, in its order. Raises ParameterError for an unusable notebook."""
     path = Path(path)
-    cell = _parameters_cell(path)
+    cell = parameters_cell(path)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # what it would warn of is an error below
     try:
         seen = papermill.inspect_notebook(papermill_path(path))
@@ -190,7 +190,9 @@ def check_names(path, parameters: Mapping[str, Parameter], given: Iterable[str])
         raise ParameterError(f"{path} has no parameter {', '.join(named)}{meant}; its parameters:{listing}")
 
 
-def _parameters_cell(path):
+def parameters_cell(path):
+    """The cell of the notebook at `path` that declares its parameters; ParameterError unless there is exactly one."""
+    path = Path(path)
     if not path.is_file():
         raise ParameterError(f"there is no notebook {path}")
     try:

@@ -9,9 +9,7 @@ of that name beside it.
 
 import glob
 import os
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +17,6 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from tqdm.auto import tqdm
 
 from nbkit import paths
 from nbkit.batch.copies import copy_folder, copy_name, own_partial, writable
@@ -118,27 +115,6 @@ def _executed(path, copy, partial, known, values, bar, kernel, figures) -> str |
     except RuntimeError as error:  # what jupyter_client raises for a kernel that does not come up
         return describe(path, partial, f"the kernel did not start: {error}")
     return None
-
-
-def run_all(
-    notebooks: Sequence[Path], out_dir=None, progress=True, figures=None
-) -> dict[Path, NotebookError | ParameterError]:
-    """Run notebooks with their defaults, one after another; a failing one does not stop the others.
-
-    Returns what failed: notebook -> error. A folder that cannot be written raises ResultsError at once.
-    """
-    failures = {}
-    with tqdm(total=len(notebooks), desc="notebooks", unit="notebook", disable=None if progress else True) as bar:
-        for path in notebooks:
-            start = time.monotonic()
-            try:
-                run_notebook(path, out_dir=out_dir, progress=progress, figures=figures)
-            except (NotebookError, ParameterError) as error:
-                failures[path] = error
-            outcome = "FAILED" if path in failures else "done"
-            bar.write(f"{path.stem}: {outcome} in {time.monotonic() - start:.0f} s", file=sys.stderr)
-            bar.update()
-    return failures
 
 
 def describe(path, executed, what) -> str:

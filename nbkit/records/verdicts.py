@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from nbkit.records.bounds import check_choice, check_text
+from nbkit.records.files import write_atomically
 from nbkit.records.text_files import read_text
 
 HOLDS, PARTLY, NOT = "holds", "partly", "does not hold"
@@ -77,15 +78,27 @@ def as_markdown(verdicts: Sequence[Verdict]) -> str:
     return "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows) + "\n"
 
 
-def collected(folder: Path) -> str:
-    """The tables of verdicts in that folder, NAME_verdicts.md each, as one text with a heading for each."""
+def collect(folder: Path) -> Path | None:
+    """Writes the tables in that folder, NAME_verdicts.md each, into its verdicts.md; None, and no file, without any."""
+    text, path = collected(folder), folder / "verdicts.md"
+    if text is None:
+        return None
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def collected(folder: Path) -> str | None:
+    """The tables of verdicts in that folder as one text with a heading for each; None if there are none."""
+    tables = sorted(folder.glob("*_verdicts.md"))
+    if not tables:
+        return None
     parts = [
         "# What the papers claim, and what was measured here\n",
         "A: *The Butterfly Effect of Model Editing*; B: *The Fall of ROME*; C: *Model Editing Harms General "
         "Abilities*. Each table is written by the notebook that it is named after, which computes every verdict from "
         "its rows by the rule that stands beside the claim. Published values marked “recalled” are from memory.\n",
     ]
-    for path in sorted(folder.glob("*_verdicts.md")):
+    for path in tables:
         parts.append(f"## {path.name.removesuffix('_verdicts.md')}\n\n{read_text(path).strip()}\n")
     return "\n".join(parts)
 
