@@ -11,10 +11,10 @@ from scipy import stats
 
 from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line, unedited_of
 from nbkit.plots.style import (
-    BLUE,
-    GREEN,
+    BLACK,
     GREY,
     ORANGE,
+    PURPLE,
     REFERENCE,
     columns,
     group_handles,
@@ -27,7 +27,7 @@ from nbkit.plots.style import (
 from nbkit.records.collapse import Detection, shares
 
 PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "signed_denominator": "denominator\n$|k_u \\cdot u|$"}
-SCORES = {"efficacy": (BLUE, "o"), "paraphrase": (ORANGE, "s"), "neighborhood": (GREEN, "D")}
+SCORES = {"efficacy": (BLACK, "o"), "paraphrase": (PURPLE, "^"), "neighborhood": (ORANGE, "v")}  # of no group
 
 
 def perplexity_per_edit(

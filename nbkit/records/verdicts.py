@@ -98,9 +98,20 @@ def collected(folder: Path) -> str | None:
         "Abilities*. Each table is written by the notebook that it is named after, which computes every verdict from "
         "its rows by the rule that stands beside the claim. Published values marked “recalled” are from memory.\n",
     ]
+    parts.append(f"## In short\n\n{in_short(tables)}")
     for path in tables:
         parts.append(f"## {path.name.removesuffix('_verdicts.md')}\n\n{read_text(path).strip()}\n")
     return "\n".join(parts)
+
+
+def in_short(tables: Sequence[Path]) -> str:
+    """Claim, verdict and notebook of every row in files of tables, as one table of Markdown."""
+    rows = []
+    for path in tables:
+        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in read_text(path).splitlines() if line.startswith("| ")]
+        name = f"`{path.name.removesuffix('_verdicts.md')}`"
+        rows += [(row[0].strip(), row[-1].strip(), name) for row in cells[2:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [("claim", "verdict", "notebook"), ("---",) * 3, *rows]) + "\n"
 
 
 def _cell(value: str) -> str:
