@@ -244,9 +244,11 @@ class Study:
             waiting, different = set(pending), list(dict.fromkeys(units))
             for start in range(0, len(different), size):
                 asked = [unit for unit in different[start : start + size] if unit in waiting]
-                for done in compute(asked) if asked else ():
-                    self.add_together(done)
-                    shown.update(len(done))
+                produced = compute(asked) if asked else ()
+                with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
+                    for done in produced:
+                        self.add_together(done)
+                        shown.update(len(done))
         return self._asked(units)
 
     def _asked(self, units: list[str]) -> pd.DataFrame:
