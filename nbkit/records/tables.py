@@ -30,9 +30,9 @@ def results(study: str, run: str | None = None, store: Store | None = None) -> p
         run: only rows that this run asked for: its executed copy's name without the ending.
         store: where rows are stored; `runs/results` unless told otherwise.
 
-    Columns: run, notebook, run_n (units that the run asked of the study: requests, steps of sequences ...), run_seed
-    (its parameter `seed`), key (the folder of the rows: those of one key differ in their unit only), parameters.NAME
-    (everything in that key's parameters, lists as JSON), then the study's own columns. A row that several runs asked for stands once
+    Columns: run, notebook, run_n (units that the run asked of the study: requests, edits ...), run_seed (its parameter
+    `seed`), key (the folder of the rows: those of one key differ in their unit only), parameters.NAME (everything in
+    that key's parameters, lists as JSON), then the study's own columns. A row that several runs asked for stands once
     for each: choose a run, or drop duplicates of the other columns, before taking a mean. Run and notebook are empty
     for rows that no run of `python -m nbkit run` asked for, as in JupyterLab; run_n is then their number of units.
 

@@ -1,9 +1,9 @@
 """What is measured of a model while it is edited in sequence: of the edit just made, and at a checkpoint of all so far.
 
-measuring = InSequence(lm, texts, generated={"max_tokens": 8, "end": "\\n"})
-measuring.compare_with(requests)                     # before any of them is edited
-measuring.of_edits([request])                        # one row a request, on the model as it is
-measuring.of_model(requests, right_after)            # perplexity, means over all edits so far, forgetting, drift
+    measuring = InSequence(lm, texts, generated={"max_tokens": 8, "end": "\\n"})
+    measuring.compare_with(requests)                     # before any of them is edited
+    measuring.of_edits([request])                        # one row a request, on the model as it is
+    measuring.of_model(requests, right_after)            # perplexity, means over all edits so far, forgetting, drift
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Edits in sequence: requests edited into one model, one after another, one row an edit.
 
-frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=100)
-frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=200)   # edits the other 100
+    frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=100)
+    frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=200)   # edits the other 100
 """
 
 from collections.abc import Mapping, Sequence
