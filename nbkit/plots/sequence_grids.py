@@ -35,7 +35,7 @@ def perplexity_grid(frame: pd.DataFrame, axes: np.ndarray, ceiling: float | None
             edge.triangles(ax, median.index[median >= edge.position], styles[name][0])
         edge.finish(ax)
 
-    _panels(frame, axes, draw, "Perplexity")
+    _panels(frame, axes, {"Perplexity": draw})
     return [*_group_handles(frame), _band_handle(), *edge.handles()]
 
 
@@ -53,27 +53,32 @@ def share_grid(frame: pd.DataFrame, axes: np.ndarray, shares: Mapping[str, str],
         ax.set(ylim=(-0.03, 1.03))
         percent_axis(ax.yaxis)
 
-    _panels(frame, axes, draw, label)
+    _panels(frame, axes, {label: draw})
     lines = [Line2D([], [], color=GREY, ls=styles[name], label=said) for name, said in shares.items()]
     return [*_group_handles(frame), *lines, _band_handle()]
 
 
-def size_grid(frame: pd.DataFrame, axes: np.ndarray, y: str, label: str) -> list[Line2D]:
-    """A column of sizes (log axis) against the number of edits, those above 0; NaN and infinite ones are left out.
+def size_grid(frame: pd.DataFrame, axes: np.ndarray, sizes: Mapping[str, str]) -> list[Line2D]:
+    """Columns of sizes (log axes) against the number of edits, those above 0; NaN and infinite ones are left out.
 
-    label: of the axis. Returns the entries of a legend, which says how many are left out.
+    axes: (model × column, method). sizes: {column: name of its axis}. Returns the entries of a legend, which says how
+    many are left out.
     """
-    frame = _checkpoints(frame, y)
+    frame = _checkpoints(frame, *sizes)
     frame = frame[frame["n_edits"] > 0]
-    drawn = np.isfinite(frame[y]) & (frame[y] > 0)
+    values = frame[[*sizes]].where(np.isfinite(frame[[*sizes]]) & (frame[[*sizes]] > 0))
+    n_left = int(values.isna().sum().sum())
+    frame = frame.assign(**{y: values[y] for y in sizes})
 
-    def draw(of_panel: pd.DataFrame, ax: Axes) -> None:
-        _curves(of_panel, ax, {y: "-"})
-        log_axis(ax.yaxis)
+    def drawing(y: str) -> Callable[[pd.DataFrame, Axes], None]:
+        def draw(of_panel: pd.DataFrame, ax: Axes) -> None:
+            _curves(of_panel, ax, {y: "-"})
+            log_axis(ax.yaxis)
 
-    _panels(frame[drawn], axes, draw, label)
-    n_left = int((~drawn).sum())
-    left = [Line2D([], [], ls="none", label=f"{n_left} of {len(frame)} not finite or 0")] if n_left else []
+        return draw
+
+    _panels(frame, axes, {label: drawing(y) for y, label in sizes.items()})
+    left = [Line2D([], [], ls="none", label=f"{n_left} of {values.size} not finite or 0")] if n_left else []
     return [*_group_handles(frame), _band_handle(), *left]
 
 
@@ -98,7 +103,7 @@ def survival_grid(frame: pd.DataFrame, axes: np.ndarray, notes: Mapping[tuple[st
         ax.set(ylim=(-0.03, 1.03))
         percent_axis(ax.yaxis)
 
-    _panels(frame, axes, draw, "Orders not collapsed")
+    _panels(frame, axes, {"Orders not collapsed": draw})
     lines = [
         Line2D([], [], color=colour, ls=STYLES[number % len(STYLES)], label=str(name))
         for number, (name, (colour, _)) in enumerate(styles.items())
@@ -111,22 +116,23 @@ def _checkpoints(frame: pd.DataFrame, *values: str) -> pd.DataFrame:
     return frame[frame["checkpoint"].astype(bool)] if "checkpoint" in frame else frame
 
 
-def _panels(frame: pd.DataFrame, axes: np.ndarray, draw: Callable[[pd.DataFrame, Axes], None], label: str) -> None:
-    """Draws each model's rows by each method, names columns at the top and rows at the left."""
+def _panels(frame: pd.DataFrame, axes: np.ndarray, parts: Mapping[str, Callable[[pd.DataFrame, Axes], None]]) -> None:
+    """Draws each model's rows by each method, in a panel for each part {name of the axis: how it is drawn}; names
+    columns at the top and models at the left."""
     models, methods = frame["model"].unique(), frame["method"].unique()
-    for row, model in enumerate(models):
-        for column, method in enumerate(methods):
+    for column, method in enumerate(methods):
+        lowest = None
+        for row, (model, label) in enumerate((model, label) for model in models for label in parts):
             ax, of_panel = axes[row, column], frame[(frame["model"] == model) & (frame["method"] == method)]
             if of_panel.empty:
                 ax.set_visible(False)
                 continue
-            draw(of_panel, ax)
+            parts[label](of_panel, ax)
             integer_axis(ax.xaxis, "auto")
-            ax.set(
-                title=method if row == 0 else "",
-                xlabel="Edits" if row == len(models) - 1 else "",
-                ylabel=f"{model}\n{label}" if column == 0 else "",
-            )
+            ax.set(title="" if row else method, ylabel="" if column else f"{model}\n{label}")
+            lowest = ax
+        lowest.set_xlabel("Edits")
+        lowest.tick_params(labelbottom=True)
 
 
 def _curves(frame: pd.DataFrame, ax: Axes, styles: Mapping[str, str]) -> dict[str, pd.Series]:
