@@ -94,12 +94,14 @@ def survival_grid(frame: pd.DataFrame, axes: np.ndarray, notes: Mapping[tuple[st
     def draw(of_panel: pd.DataFrame, ax: Axes) -> None:
         for number, (name, table) in enumerate(of_panel.groupby("group", sort=False)):
             table = table.sort_values("n_edits", kind="stable")
-            at = [*table["n_edits"], last]
-            share, low, high = ([*table[column], table[column].iloc[-1]] for column in ("share", "low", "high"))
-            ax.step(at, share, where="post", lw=1.4, ls=STYLES[number % len(STYLES)], color=styles[name][0])
-            ax.fill_between(at, low, high, step="post", color=styles[name][0], alpha=0.2, lw=0)
-        where = {"x": 0.95, "y": 0.06, "ha": "right", "va": "bottom", "fontsize": 6, "transform": ax.transAxes}
-        ax.text(s=notes.get(tuple(of_panel[["model", "method"]].iloc[0]), ""), **where)
+            # As corners, not by `step`: a band whose next value is NaN would else not be drawn up to there.
+            at = np.repeat([*table["n_edits"], last], 2)[1:-1]
+            share, low, high = (np.repeat(table[column], 2) for column in ("share", "low", "high"))
+            ax.plot(at, share, lw=1.4, ls=STYLES[number % len(STYLES)], color=styles[name][0])
+            ax.fill_between(at, low, high, color=styles[name][0], alpha=0.2, lw=0)
+        note = notes.get(tuple(of_panel[["model", "method"]].iloc[0]), "")
+        box = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1}
+        ax.text(0.97, 0.5, note, ha="right", va="center", fontsize=6, bbox=box, transform=ax.transAxes)
         ax.set(ylim=(-0.03, 1.03))
         percent_axis(ax.yaxis)
 
