@@ -101,7 +101,7 @@ def survival_grid(frame: pd.DataFrame, axes: np.ndarray, notes: Mapping[tuple[st
             ax.fill_between(at, low, high, color=styles[name][0], alpha=0.2, lw=0)
         note = notes.get(tuple(of_panel[["model", "method"]].iloc[0]), "")
         box = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1}
-        ax.text(0.97, 0.5, note, ha="right", va="center", fontsize=6, bbox=box, transform=ax.transAxes)
+        ax.text(0.03, 0.06, note, ha="left", va="bottom", fontsize=6, bbox=box, transform=ax.transAxes)
         ax.set(ylim=(-0.03, 1.03))
         percent_axis(ax.yaxis)
 
