@@ -25,7 +25,7 @@ from nbkit import paths, studies
 from nbkit.records import results
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
-from nbkit.studies import single
+from nbkit.studies import orders, single
 
 KILLS = int(os.environ.get("NBKIT_KILLS", 9))
 NOTEBOOK = paths.ROOT / "tests" / "notebooks" / "edits.ipynb"
@@ -40,7 +40,7 @@ FAST = {"layer": 1, "v_num_grad_steps": 3, "context_templates": ["{}", "The rive
 STUDIES = {
     "single": lambda lm, store: studies.single_edits(lm, REQUESTS, TEXTS, store=store, **FAST),
     "sequential": lambda lm, store: studies.sequential_edits(
-        lm, REQUESTS[:4], TEXTS, seeds=[0, 1, 2, 3], store=store, **FAST
+        lm, REQUESTS[:5], TEXTS, seeds=[0, 1, 2], evaluate_every=2, store=store, **FAST
     ),
     "task": lambda lm, store: studies.task_correlation(
         lm, REQUESTS[:3], TEXTS, task_names=["nli"], limit=2, store=store, **FAST
@@ -69,6 +69,8 @@ def test_a_killed_study_resumes_to_the_undisturbed_table(tmp_path, monkeypatch, 
     monkeypatch.setattr(results, "_kept", {})
     monkeypatch.setattr(results, "FLUSH_SECONDS", 0.05)
     monkeypatch.setattr(single, "EDITS_AT_ONCE", 4)
+    monkeypatch.setattr(orders, "STATE_SECONDS", 0.02)  # so that kills meet states, and fall between rows and states
+    monkeypatch.setattr(orders, "STATE_SHARE", 1.0)
     lm, n_threads = tiny_lm("gpt2", torch.float32), torch.get_num_threads()  # of float32, where another batch shows
     torch.set_num_threads(1)
     try:

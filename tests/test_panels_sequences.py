@@ -52,11 +52,14 @@ def test_what_is_not_there_is_refused_by_name(computed):
 
 def test_a_step_says_what_was_measured_there_and_no_more(computed):
     rows = sequence_rows(stored_sequences()["key"][0], 1)
-    assert step_values(rows, 0) == {"perplexity": rows["perplexity"][0], "times the unedited": 1.0}
+    still = dict.fromkeys(("drift", "drift_felt", "drift_felt_relative"), 0.0)
+    assert step_values(rows, 0) == {"perplexity": rows["perplexity"][0], "times the unedited": 1.0} | still
     assert step_scores(rows, 0).empty
     assert "perplexity" not in step_values(rows, 1) and step_scores(rows, 1)["all edits so far"].isna().all()
     values, scores = step_values(rows, 2), step_scores(rows, 2)
-    assert values["perplexity"] == rows["perplexity"][2] and values["update_norm"] == rows["update_norm"][2]
+    for name in ("perplexity", "update_norm", "forgotten", "drift"):
+        assert values[name] == rows[name][2]
+    assert "drift_felt" not in values, "without second moments"
     assert scores.loc["reliability"].tolist() == [rows[f"reliability{end}"][2] for end in ("_last", "", "_after")]
     broken = rows.assign(perplexity=rows["perplexity"].where(rows["n_edits"] != 2))
     assert step_values(broken, 2)["perplexity"] == np.inf, "a broken model, not an unmeasured one"

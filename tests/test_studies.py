@@ -18,7 +18,7 @@ from nbkit.records import results
 from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
-from nbkit.studies import method_study, metrics, sequential, single
+from nbkit.studies import method_study, metrics, orders, single
 from nbkit.studies import task_scores as task_scores_module
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity
 
@@ -222,12 +222,12 @@ def test_sequential_edits_measures_right_after_and_at_checkpoints(lm, store):
     assert frame["n_edits"].tolist() == [0, 1, 2, 3, 4, 5] * 2
     assert frame["checkpoint"].tolist() == [True, False, True, False, True, True] * 2
     assert frame["perplexity"].notna().tolist() == frame["checkpoint"].tolist()
-    orders = [frame.loc[(frame["seed"] == seed) & (frame["n_edits"] > 0), "case_id"].tolist() for seed in (0, 1)]
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == ["0", "1", "2", "3", "4"]
+    found = [frame.loc[(frame["seed"] == seed) & (frame["n_edits"] > 0), "case_id"].tolist() for seed in (0, 1)]
+    assert found[0] != found[1] and sorted(found[0]) == sorted(found[1]) == ["0", "1", "2", "3", "4"]
     assert frame["perplexity"][0] == perplexity(lm, TEXTS)
 
     # The same sequence by hand: each edit computed on the already edited model.
-    order = [REQUESTS[int(case)] for case in orders[0][:2]]
+    order = [REQUESTS[int(case)] for case in found[0][:2]]
     reference = neighborhood_tokens(lm, REQUESTS)
     (first,) = edit(lm, order[:1], **FAST)
     with applied(lm, first):
@@ -251,14 +251,14 @@ def test_an_interrupted_sequence_keeps_the_finished_ones(lm, store, tmp_path, mo
         sequences(lm, store)
     assert lm.n_applied == 0, "the weights must be restored even while the traceback is kept"
     del caught
-    started = Counted(monkeypatch, "edit_sequence", sequential)
+    started = Counted(monkeypatch, "edit_sequence", orders)
     resumed = sequences(lm, store)
     assert started.calls == 1
     same(resumed, sequences(lm, Store(tmp_path / "other")))
 
 
 def test_more_seeds_compute_only_the_new_ones_and_the_group_is_only_a_name(lm, store, monkeypatch):
-    started = Counted(monkeypatch, "edit_sequence", sequential)
+    started = Counted(monkeypatch, "edit_sequence", orders)
     sequences(lm, store)
     frame = sequences(lm, store, seeds=(2, 1, 0), group="normal")
     assert started.calls == 3

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from nbkit.errors import ResultsError
-from nbkit.records.survival import lifetimes, log_rank, median_lifetime, surviving
+from nbkit.records.survival import lifetimes, log_rank, median_interval, median_lifetime, surviving
 
 
 def rows_of(perplexities, group="hard", seed=0, every=2):
@@ -53,6 +53,20 @@ def test_the_median_is_infinite_where_most_stand():
     assert median_lifetime(pd.DataFrame({"n_edits": [2, 8, 8], "collapsed": [True, False, False]})) == np.inf
     assert median_lifetime(pd.DataFrame({"n_edits": [2, 4, 8], "collapsed": [True, True, False]})) == 4
     assert median_lifetime(pd.DataFrame({"n_edits": [2, 6], "collapsed": [True, True]})) == 2
+
+
+def test_the_interval_of_the_median_holds_the_times_at_which_a_half_may_stand():
+    lives = pd.DataFrame({"n_edits": np.arange(1, 31), "collapsed": True})
+    low, high = median_interval(lives)
+    # by hand, from Greenwood's variance of log(-log S): S = 1 - n/30 without censoring
+    n = np.arange(1, 30)
+    share, width = 1 - n / 30, 1.96 * np.sqrt(n / (30 * (30 - n))) / np.abs(np.log(1 - n / 30))
+    edges = [np.exp(np.log(share) * np.exp(sign * width)) for sign in (1, -1)]
+    assert (low, high) == tuple(n[edge <= 0.5][0] for edge in edges) and low < median_lifetime(lives) < high
+    few = pd.DataFrame({"n_edits": [2, 4, 6], "collapsed": [True, True, False]})
+    assert median_interval(few)[1] == np.inf
+    standing = pd.DataFrame({"n_edits": [6, 6], "collapsed": [False, False]})
+    assert median_interval(standing) == (np.inf, np.inf)
 
 
 def test_the_log_rank_statistic_is_that_of_its_definition():

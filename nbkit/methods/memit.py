@@ -112,7 +112,7 @@ def _edit_of_layers(
             key = mean_keys(lm, requests, layer, settings.context_templates)
             residual = (z - states_behind(lm, requests, layers[-1])).double()
             residual_norm = residual_norm or residual.norm(dim=-1).mean().item()
-            earlier = [edit.info[f"keys_{layer}"] for edit in settings.earlier] if parameters.key_cache else []
+            earlier = [edit[f"keys_{layer}"] for edit in settings.earlier] if parameters.key_cache else []
             right = right_factor(key, earlier, settings.second_moments, layer, parameters)
             delta = LowRank(residual.T / (len(layers) - place), right).compact().to(dtype)
             tensors[f"keys_{layer}"] = key.cpu()
@@ -127,6 +127,12 @@ def _edit_of_layers(
         **_search_info(targets),
     }
     return edit_made(lm, requests, settings, deltas, info, tensors)
+
+
+def keys_to_spare(edit: Edit, parameters: MemitParameters) -> dict[str, Tensor]:
+    """What a sequence remembers of an edit, as `Method.remembers`: its keys, if those are spared."""
+    layers = parameters.layers if parameters.key_cache else ()
+    return {f"keys_{layer}": edit.info[f"keys_{layer}"] for layer in layers}
 
 
 def _search_info(targets: Sequence[OptimisedValue]) -> dict[str, object]:

@@ -28,7 +28,7 @@ class MethodSettings:
     second_moments: SecondMoments
     progress: bool = False
     batch_size: int | None = None  # edits computed side by side; None: as many as memory takes
-    earlier: Sequence[Edit] = ()  # of the same sequence, in order; the weights carry them
+    earlier: Sequence[Mapping[str, Tensor]] = ()  # `Method.remembers` of edits of the same sequence, in the weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Method:
     takes_second_moment, needs_second_moment: whether it uses one that is given, and whether it cannot do without.
     template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty
     for a method that uses none.
+    remembers: (an edit, parameters) -> what later edits of its sequence need of it besides the weights, on the CPU.
     """
 
     parameters: type
@@ -52,6 +53,7 @@ class Method:
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
+    remembers: Callable[[Edit, Any], Mapping[str, Tensor]] = lambda edit, parameters: {}
 
 
 def edit_made(

@@ -3,7 +3,7 @@
 from nbkit.errors import MethodError
 from nbkit.methods.finetune import FinetuneParameters, finetune_each, finetune_together
 from nbkit.methods.knowledge_neurons import KnowledgeNeuronParameters, knowledge_neurons_each
-from nbkit.methods.memit import MemitParameters, memit_each, memit_together
+from nbkit.methods.memit import MemitParameters, keys_to_spare, memit_each, memit_together
 from nbkit.methods.mend import MendParameters, mend_each, mend_files, mend_together
 from nbkit.methods.method import Method
 from nbkit.methods.rome import RomeParameters, rome
@@ -17,7 +17,7 @@ METHODS: dict[str, Method] = {
     **{
         name: Method(
             MemitParameters, memit_each, memit_together, takes_second_moment=True, needs_second_moment=True,
-            template_lengths=((10, 5),),
+            template_lengths=((10, 5),), remembers=keys_to_spare,
         )  # fmt: skip
         for name in ("memit", "emmet", "alphaedit")
     },

@@ -13,8 +13,9 @@ ordinary text, which an edited model may no longer write or read as such.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nbkit.edits.door import in_use, verb
@@ -26,11 +27,12 @@ from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard, guarding
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.method import MethodSettings
+from nbkit.methods.sequence_state import SequenceState, lay
 from nbkit.methods.table import METHODS, method_named
 from nbkit.models import prompts
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bars import steps as steps_of
-from nbkit.records.bounds import check_number
+from nbkit.records.bounds import check_number, shown
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
@@ -42,6 +44,7 @@ class Step:
     index: int  # from 0
     requests: tuple[EditRequest, ...]
     edit: Edit
+    state: Callable[[], SequenceState] = dataclasses.field(repr=False, compare=False)  # to `start` another one from
 
     @property
     def request(self) -> EditRequest:
@@ -125,6 +128,7 @@ def edit_sequence(
     progress: bool = True,
     per_step: int = 1,
     guard: Guard | None = None,
+    start: SequenceState | None = None,
     **hparams: Any,
 ) -> Iterator[Step]:
     """Edit by edit, each computed on the already edited model; arguments as in `edit`, checked at once.
@@ -132,6 +136,10 @@ def edit_sequence(
     per_step: how many requests each edit of the sequence carries; more than one is for methods that make batches. The
     last step has those that are left. guard: of each step's edit, against the weights that it meets; the sequence goes
     on without one that is refused.
+
+    start: `state()` of a step of a sequence of the same model, requests and arguments, which this one then goes on
+    from, as if it had never ended: the requests up to there are not edited again, and `Step.index` counts on.
+    MethodError for a state that is further than the requests reach, ModelError for one of another model.
 
     Between two steps the model carries all edits so far. When the loop ends, breaks off or raises, the weights are
     restored bit for bit (if the iterator was kept under a name: once it is closed, or collected; not in the middle of
@@ -142,21 +150,35 @@ def edit_sequence(
     together = None if per_step == 1 else _together(method)
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress)
     guarded = guarding(lm, guard, settings, progress)
-    chunks = [tuple(requests[start : start + per_step]) for start in range(0, len(requests), per_step)]
+    chunks = [tuple(requests[place : place + per_step]) for place in range(0, len(requests), per_step)]
+    start = SequenceState(0, {}) if start is None else start
+    if not isinstance(start, SequenceState):
+        raise MethodError(f"start must be the state of a step of a sequence, not {shown(start)}")
+    if start.n_steps > len(chunks):
+        raise MethodError(f"the sequence is to start behind edit {start.n_steps}, and has {len(chunks)}")
 
     def steps() -> Iterator[Step]:
-        earlier: list[Edit] = []
+        earlier, changed = list(start.remembered), dict.fromkeys(start.weights)
+
+        def state(n_steps: int) -> SequenceState:
+            weights = {name: lm.model.get_parameter(name).detach().to("cpu", copy=True) for name in changed}
+            return SequenceState(n_steps, weights, tuple(earlier))
+
         with restoring(lm) as add:
-            name, shown = f"{lm.title}: {method}, in sequence", progress and len(chunks) > 1
-            for index, chunk in enumerate(steps_of(chunks, name, "edit", shown, delay=0)):
+            with in_use(lm):
+                lay(lm, start, add)
+            name, with_bar = f"{lm.title}: {method}, in sequence", progress and len(chunks) > 1
+            left = steps_of(chunks[start.n_steps :], name, "edit", with_bar, delay=0)
+            for index, chunk in enumerate(left, start.n_steps):
                 with in_use(lm):
                     here = dataclasses.replace(settings, earlier=tuple(earlier))
                     new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
                     (new,) = guarded([new])
                     add(new)
+                changed |= dict.fromkeys(new.deltas)
                 if new.info.get("guard") != "refused":  # whose keys are in no weight, and so are not to be spared
-                    earlier.append(new)
-                yield Step(index, chunk, new)
+                    earlier.append(METHODS[method].remembers(new, settings.parameters))
+                yield Step(index, chunk, new, partial(state, index + 1))
 
     return steps()
 

@@ -24,6 +24,11 @@ HOW = (
 )
 
 NAMES = {
+    "forgotten": "said right after less said now",
+    "forgotten_generated": "the same, of what is generated",
+    "drift": "‖W - W₀‖",
+    "drift_felt": "what text feels of that",
+    "drift_felt_relative": "over what it feels of W₀",
     "update_norm": "‖ΔW‖",
     "optimised_probability": "target probability in the search for v*",
     "final_loss": "loss at the end of that search",

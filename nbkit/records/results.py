@@ -4,9 +4,9 @@
     frame = study.complete(units, compute)      # compute(unit) -> rows; units that are stored are not computed again
 
 A *study* is a folder named by the digest of its key, that is, of everything that determines its rows. A *unit* is what
-is computed in one piece (one edit, one sequence); its rows are stored together or not at all. Finished units are stored
-every few seconds, also while the next one is being computed; those that were computed side by side at once, all or
-none. A process that is killed loses the finished units of `FLUSH_SECONDS` and what it was computing; one that is
+is computed in one piece (one edit, one step of a sequence); its rows are stored together or not at all. Finished units
+are stored every few seconds, also while the next one is being computed; those that were computed side by side at once,
+all or none. A process that is killed loses the finished units of `FLUSH_SECONDS` and what it was computing; one that is
 interrupted, or ended by SIGTERM or SIGHUP, loses what it was computing. Several can add to one study. Needs no torch.
 """
 
@@ -244,9 +244,11 @@ class Study:
             waiting, different = set(pending), list(dict.fromkeys(units))
             for start in range(0, len(different), size):
                 asked = [unit for unit in different[start : start + size] if unit in waiting]
-                for done in compute(asked) if asked else ():
-                    self.add_together(done)
-                    shown.update(len(done))
+                produced = compute(asked) if asked else ()
+                with contextlib.closing(produced) if hasattr(produced, "close") else contextlib.nullcontext():
+                    for done in produced:
+                        self.add_together(done)
+                        shown.update(len(done))
         return self._asked(units)
 
     def _asked(self, units: list[str]) -> pd.DataFrame:

@@ -34,7 +34,9 @@ FOUND = [
     "stored",
 ]
 SCORES = {"this edit": "_last", "all edits so far": "", "each right after it": "_after"}
-METRICS = ("efficacy", "efficacy_argmax", "paraphrase", "neighborhood", "reliability", "generalization", "locality")
+METRICS = ("efficacy", "efficacy_argmax", "efficacy_generated", "paraphrase", "neighborhood", "reliability",
+           "generalization", "locality")  # fmt: skip
+OF_MODEL = ("forgotten", "forgotten_generated", "drift", "drift_felt", "drift_felt_relative")  # at a checkpoint
 VALUES = ("update_norm", "numerator", "denominator", "optimised_probability", "final_loss", "n_steps", "stop_reason")
 
 
@@ -96,13 +98,13 @@ def step_values(rows: pd.DataFrame, step: int) -> dict[str, Any]:
     """What was measured at one step of one sequence besides its scores: perplexity, its rise, and the edit's numbers.
 
     perplexity and "times the unedited" are missing where perplexity was not measured, between two checkpoints, and
-    infinite where the model is broken.
+    infinite where the model is broken. So are what is forgotten and the drift (`studies.sequential_edits`).
     """
     row, values = _at(rows, step), {}
     if row["checkpoint"]:
         perplexity = float(counted(rows["perplexity"])[row.name])
         values |= {"perplexity": perplexity, "times the unedited": perplexity / float(rows["perplexity"].iloc[0])}
-    return values | {name: row[name] for name in VALUES if name in row and pd.notna(row[name])}
+    return values | {name: row[name] for name in (*OF_MODEL, *VALUES) if name in row and pd.notna(row[name])}
 
 
 def step_scores(rows: pd.DataFrame, step: int) -> pd.DataFrame:
@@ -132,7 +134,8 @@ def _rows(study: str, store: Store | None) -> pd.DataFrame:
     missing = [name for name in ("seed", "n_edits", "perplexity", "checkpoint") if name not in rows]
     if missing:
         raise ResultsError(f"the rows of {study} are no sequences of edits: they have no {', '.join(missing)}")
-    return rows.drop_duplicates(["key", "seed", "n_edits"], ignore_index=True)
+    rows = rows.sort_values(["key", "seed", "n_edits", "checkpoint"], kind="stable")  # measured at the end of one: last
+    return rows.drop_duplicates(["key", "seed", "n_edits"], keep="last", ignore_index=True)
 
 
 def _parameter(rows: pd.DataFrame, name: str) -> str | None:

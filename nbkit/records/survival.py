@@ -3,6 +3,7 @@
     lives = lifetimes(rows, ratio=10)             # one row a sequence
     curve = surviving(lives)                      # the share still standing after so many edits, with its interval
     median_lifetime(lives)                        # inf if more than half are standing at the end
+    median_interval(lives)                        # of that, over sequences
     log_rank(lives[hard], lives[normal])          # is the difference more than chance?
 
 A collapse is seen at the first measurement behind it, so with one every so many edits a lifetime is the upper end of
@@ -66,6 +67,16 @@ def median_lifetime(lives: pd.DataFrame) -> float:
     curve = surviving(lives)
     fallen = curve.loc[curve["share"] <= 0.5, "n_edits"]
     return float(fallen.iloc[0]) if len(fallen) else np.inf
+
+
+def median_interval(lives: pd.DataFrame, level: float = 0.95) -> tuple[float, float]:
+    """The interval of `median_lifetime` over sequences, after Brookmeyer and Crowley: the numbers of edits at which the
+    interval of `surviving` holds a half. Its upper end is inf where that never lies below a half, as of few sequences.
+    """
+    curve = surviving(lives, level)
+    lows, highs = (curve.loc[curve[edge] <= 0.5, "n_edits"] for edge in ("low", "high"))
+    ends = median_lifetime(lives) if lows.empty else float(lows.iloc[0])
+    return ends, float(highs.iloc[0]) if len(highs) else np.inf
 
 
 class LogRank(NamedTuple):

@@ -30,7 +30,7 @@ def results(study: str, run: str | None = None, store: Store | None = None) -> p
         run: only rows that this run asked for: its executed copy's name without the ending.
         store: where rows are stored; `runs/results` unless told otherwise.
 
-    Columns: run, notebook, run_n (units that the run asked of the study: requests, orders ...), run_seed (its parameter
+    Columns: run, notebook, run_n (units that the run asked of the study: requests, edits ...), run_seed (its parameter
     `seed`), key (the folder of the rows: those of one key differ in their unit only), parameters.NAME (everything in
     that key's parameters, lists as JSON), then the study's own columns. A row that several runs asked for stands once
     for each: choose a run, or drop duplicates of the other columns, before taking a mean. Run and notebook are empty

@@ -1,26 +1,28 @@
-"""Edits in sequence: all requests edited into one model, one after another, one row an edit.
+"""Edits in sequence: requests edited into one model, one after another, one row an edit.
 
-    frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome")
+    frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=100)
+    frame = sequential_edits(lm, requests, texts, seeds=[0, 1, 2], method="rome", n_edits=200)   # edits the other 100
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from functools import cache
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nbkit.edits.door import verb
 from nbkit.errors import RequestError
+from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard
-from nbkit.methods.verbs import edit_sequence
+from nbkit.models.generation import generated as generate
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_number, check_text
 from nbkit.records.lists import as_requests, as_texts, check_seeds
+from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
-from nbkit.studies import metrics as measure
-from nbkit.studies.method_study import MethodStudy, described, outcome_columns
+from nbkit.studies.in_sequence import InSequence
+from nbkit.studies.method_study import MethodStudy, check_arguments
+from nbkit.studies.orders import Orders
 
 
 @verb
@@ -31,64 +33,66 @@ def sequential_edits(
     seeds: Sequence[int] = (0, 1, 2),
     method: str = "rome",
     evaluate_every: int = 1,
+    n_edits: int | None = None,
     group: str | None = None,
     store: Store | None = None,
     context_templates: Sequence[str] | None = None,
-    second_moment=None,
+    second_moment: SecondMomentLike = None,
     guard: Guard | None = None,
+    generated: Mapping[str, Any] | None = None,
+    text_moment: SecondMomentLike = None,
     **hparams,
 ) -> pd.DataFrame:
-    """All requests edited into one model one after another, in an order shuffled by each seed: one row an edit.
+    """Requests edited into one model one after another, in an order shuffled by each seed: one row an edit.
 
     Args:
-        evaluate_every: perplexity and the metrics of all edits so far are measured after so many edits, and after the
-            last one; there `checkpoint` is True, elsewhere those columns are NaN. n_edits 0 is the unedited model.
+        n_edits: each order takes the first so many of its permutation of all `requests`; None: all. The first 100 of
+            200 are those of 100, so a longer sequence of the same requests computes only what is new. Another list of
+            requests is another study, also one that begins with this list.
+        evaluate_every: the model is measured after so many edits, and after the last one; there `checkpoint` is True.
+            n_edits 0 is the model before any.
         group: a name for these requests ("hard", say), put into the column `group`.
+        generated: arguments of `models.generation.generated` (max_tokens, end ...), to measure what the model says by
+            itself after each prompt too, which takes many times as long as the rest.
+        text_moment: second moments of ordinary text, for drift_felt; None: of the unedited model on its default text,
+            cached, where it brings one.
 
-    Columns: seed, group, n_edits, the edited request, perplexity, and each metric m of `metrics.edit_metrics` as
-    m (mean of all edits so far, on the model now), m_last (this edit, right after it) and m_after (mean of m_last so
-    far): m below m_after is forgetting. A sequence that breaks the model goes on to its end. A finished sequence is
-    never computed again; one that was interrupted in the middle starts anew.
+    Columns: seed, group, n_edits, the edited request, what the method reports of its edit, and each metric m of
+    `metrics.edit_metrics` (with `generated` also efficacy_generated: the text begins with the new target) as m_last
+    (this edit, right after it) and m_after (mean of m_last so far). At a checkpoint, and NaN elsewhere: perplexity; m
+    (mean of all edits so far, on the model now); forgotten: efficacy_argmax_after less efficacy_argmax, the share that
+    was said right after less the share that is said now (forgotten_generated likewise), below 0 where later edits
+    help; drift (‖ΔW‖_F of all changed weights against the unedited model), drift_felt (√E‖ΔW k‖²) and
+    drift_felt_relative (that over √E‖W k‖² of the unedited weights), see keys/drift.py: NaN without second moments,
+    and where no MLP projection is changed.
+
+    A sequence that breaks the model goes on to its end. One that is interrupted or killed goes on from its last state
+    (studies/orders.py), to the same rows. ResultsError for a damaged state or one of another study, naming the file.
     """
     check_number("evaluate_every", evaluate_every, whole=True, least=1)
     requests, texts, seeds = as_requests(requests), as_texts(texts), check_seeds(seeds)
     if not requests:
         raise RequestError("there is no request to edit")
+    n_edits = len(requests) if n_edits is None else n_edits
+    check_number("n_edits", n_edits, whole=True, least=1)
+    if n_edits > len(requests):
+        raise RequestError(f"n_edits is {n_edits}, and there are {len(requests)} requests to edit")
     if group is not None:
         check_text("group", group)
+    asked: dict[str, Any] = {"evaluate_every": evaluate_every}
+    if generated is not None:
+        check_arguments("generated", generated, generate)
+        asked["generated"] = digest(dict(generated))
+    if text_moment is not None:
+        asked["text_moment"] = digest(text_moment)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard)
-    data = {"texts": texts, "requests": requests}
-    study = setting.study("sequential_edits", data, evaluate_every=evaluate_every)
+    study = setting.study("sequential_edits", {"texts": texts, "requests": requests}, **asked)
+    measuring = InSequence(lm, texts, generated, None if text_moment is None else SecondMoments(text_moment, lm))
+    orders = Orders(setting, study, measuring, requests, n_edits, evaluate_every)
 
-    @cache
-    def reference() -> dict:
-        return measure.neighborhood_tokens(lm, requests)
-
-    def compute(unit: str) -> Iterator[dict]:
-        seed = int(unit)
-        order = [requests[i] for i in np.random.default_rng(seed).permutation(len(requests))]
-        unedited = reference()
-        before = setting.readable(measure.perplexity(lm, texts))
-        yield {"seed": seed, "n_edits": 0, "checkpoint": True, "perplexity": before}
-        right_after = []
-        # Closed by hand: a traceback kept by a notebook would keep the generator, and the edits in the weights, alive.
-        with closing(edit_sequence(lm, order, progress=False, **setting.arguments)) as steps:
-            for step in steps:
-                done, checkpoint = step.index + 1, (step.index + 1) % evaluate_every == 0
-                last = setting.metrics_of(step.request, unedited)
-                right_after.append(last)
-                row = {"seed": seed, "n_edits": done, "checkpoint": checkpoint or done == len(order)}
-                row |= {**described(lm, step.request), **outcome_columns(step.edit)}
-                row |= {f"{name}_last": value for name, value in last.items()}
-                row |= {f"{name}_after": value for name, value in pd.DataFrame(right_after).mean().items()}
-                row |= dict.fromkeys(["perplexity", *last], np.nan)
-                if row["checkpoint"]:
-                    row["perplexity"] = measure.perplexity(lm, texts)
-                    so_far = measure.edit_metrics(lm, order[:done], unedited)
-                    row |= so_far[list(last)].mean().to_dict()
-                yield row
-
+    units = [unit for seed in seeds for unit in orders.units(seed)]
     label = setting.task("sequences" + (f" of {group} requests" if group else ""))
-    frame = study.complete([str(seed) for seed in seeds], compute, label, len(requests) + 1, "edit")
+    frame = study.complete_together(units, orders.segments, len(units) // len(seeds), label, "edit")
+    frame = frame.drop_duplicates(["seed", "n_edits"], keep="last", ignore_index=True)  # the end has the last word
     frame.insert(0, "group", group)  # a name, which determines no number, and so is not stored
     return frame

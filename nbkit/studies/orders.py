@@ -1,0 +1,138 @@
+"""The orders of a study of sequences: their rows edit by edit, and a state of each, from which a longer or an
+interrupted one goes on.
+
+A unit is one edit, `unit_of(seed, n_edits)`, 0 being the model before any; what is measured after a last edit where no
+checkpoint is, is another, `end_of(seed, n_edits)`. Units are handed over in segments: those from one stored state to
+the next, so that rows are stored before the state behind them. An order has one state file, replaced by its next and
+kept when the order is done. To delete it costs no rows: a longer order is then edited from its start, while rows that
+are stored are neither measured nor stored again. So is a shorter one whose last measurements are not there.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nbkit.errors import ResultsError
+from nbkit.methods.sequence_state import SequenceState, load_state, save_state
+from nbkit.methods.verbs import Step, edit_sequence
+from nbkit.records.requests import EditRequest
+from nbkit.records.results import Study
+from nbkit.studies import metrics as measure
+from nbkit.studies.in_sequence import InSequence
+from nbkit.studies.method_study import MethodStudy, described, outcome_columns
+
+STATE_SECONDS = 10.0  # what a killed sequence loses at most, beside the edit that it was at
+STATE_SHARE = 0.05  # of the time may go into storing states: large ones are stored more rarely
+STATE_BYTES = 8 * 2**30  # one that is larger is not stored
+
+Segment = list[tuple[str, list[dict[str, Any]]]]
+
+
+def unit_of(seed: int, n_edits: int) -> str:
+    return f"{seed} {n_edits}"
+
+
+def end_of(seed: int, n_edits: int) -> str:
+    return f"{seed} {n_edits} end"
+
+
+def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """All requests in the order of a seed, however many of them are edited: the shorter sequence begins the longer."""
+    return [requests[place] for place in np.random.default_rng(seed).permutation(len(requests))]
+
+
+@dataclass
+class Orders:
+    """What the orders of one study share. n_edits: how many edits each is to have."""
+
+    setting: MethodStudy
+    study: Study
+    measuring: InSequence
+    requests: Sequence[EditRequest]
+    n_edits: int
+    evaluate_every: int
+
+    def units(self, seed: int) -> list[str]:
+        """Of one order, as many for each."""
+        last = [end_of(seed, self.n_edits)] if self.n_edits % self.evaluate_every else []
+        return [*(unit_of(seed, n) for n in range(self.n_edits + 1)), *last]
+
+    def segments(self, asked: Sequence[str]) -> Iterator[Segment]:
+        """The units of one order that are asked for, none of which is stored, with the row of each."""
+        seed, first = (int(part) for part in asked[0].split()[:2])  # they are asked for in order
+        wanted = set(asked)
+        order = in_order(self.requests, seed)[: self.n_edits]
+        path, name = self.study.folder / "states" / f"{seed}.safetensors", f"{self.study.folder.name}, order {seed}"
+        stored = load_state(path, name) if path.exists() else SequenceState(0, {})
+        start = stored if stored.n_steps < first else SequenceState(0, {})
+        self.measuring.compare_with(order)
+        segment: Segment = [(unit, [self.unedited(seed)]) for unit in asked[:1] if first == 0]
+        right_after = [self.stored_last(seed, n) for n in range(1, start.n_steps + 1)]
+        saved, took = time.monotonic(), 0.0
+        # Closed by hand: a traceback kept by a notebook would keep the generator, and the edits in the weights, alive.
+        with closing(edit_sequence(self.setting.lm, order, start=start, **self.setting.arguments)) as steps:
+            for step in steps:
+                n, measured = step.index + 1, self.study.done(unit_of(seed, step.index + 1))
+                right_after.append(self.stored_last(seed, n) if measured else self.last(step.request))
+                for unit, at_end in ((unit_of(seed, n), False), (end_of(seed, n), True)):
+                    if unit in wanted:
+                        row = {"seed": seed, **self.row(step, order[:n], right_after, at_end)}
+                        segment.append((unit, [row]))
+                due = time.monotonic() - saved > max(STATE_SECONDS, took / STATE_SHARE)
+                if n > stored.n_steps and (due or n == len(order)):
+                    yield segment
+                    segment, began = [], time.monotonic()
+                    store_state(step, path, name)
+                    saved, took = time.monotonic(), time.monotonic() - began
+        if segment:
+            yield segment
+
+    def unedited(self, seed: int) -> dict[str, Any]:
+        perplexity = self.setting.readable(measure.perplexity(self.setting.lm, self.measuring.texts))
+        row = {"seed": seed, "n_edits": 0, "checkpoint": True, "perplexity": perplexity}
+        return row | self.measuring.drifted()
+
+    def last(self, request: EditRequest) -> dict[str, float]:
+        return self.measuring.of_edits([request]).iloc[0].to_dict()
+
+    def stored_last(self, seed: int, n: int) -> dict[str, float]:
+        """What was measured right after an edit whose row is stored."""
+        (row,) = self.study.frame([unit_of(seed, n)]).to_dict("records")
+        return {name.removesuffix("_last"): value for name, value in row.items() if name.endswith("_last")}
+
+    def row(
+        self, step: Step, edited: Sequence[EditRequest], right_after: Sequence[dict[str, float]], at_end: bool
+    ) -> dict[str, Any]:
+        checkpoint = at_end or len(edited) % self.evaluate_every == 0
+        last, means = right_after[-1], pd.DataFrame(right_after).mean().to_dict()
+        row = {"n_edits": len(edited), "checkpoint": checkpoint}
+        row |= {**described(self.setting.lm, step.request), **outcome_columns(step.edit)}
+        row |= {f"{name}_last": value for name, value in last.items()}
+        row |= {f"{name}_after": value for name, value in means.items()}
+        row |= dict.fromkeys(["perplexity", *last], np.nan)
+        return row | (self.measuring.of_model(edited, means) if checkpoint else {})
+
+
+def store_state(step: Step, path: Path, name: str) -> None:
+    """The state behind a step, in place of the one before; a warning where it is too large. ResultsError if it cannot
+    be written."""
+    state = step.state()
+    if state.n_bytes > STATE_BYTES:
+        warnings.warn(
+            f"{name}: its state takes {state.n_bytes / 2**30:.1f} GiB, above {STATE_BYTES / 2**30:.1f}, and is not "
+            "stored; rows are, but what is interrupted, or made longer later, is edited anew from its start",
+            stacklevel=2,
+        )
+        return
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"{path.parent} cannot be made: {error}") from error
+    save_state(state, path, name)
