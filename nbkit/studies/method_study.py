@@ -108,14 +108,7 @@ class MethodStudy:
 
     def readable(self, perplexity: float) -> float:
         """The unedited model's perplexity as it is given, with a warning where guessing any token would be better."""
-        if not perplexity <= len(self.lm.tokenizer):
-            warnings.warn(
-                f"{self.lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
-                f"guessing among its {len(self.lm.tokenizer)} tokens would do no worse. What edits do to it says "
-                "nothing; take texts and requests of the kind that it was trained on",
-                stacklevel=3,
-            )
-        return perplexity
+        return readable(self.lm, perplexity, stacklevel=4)
 
     def task(self, what: str) -> str:
         """The name of a progress bar: what is done, with which method, to which model."""
@@ -152,6 +145,18 @@ class MethodStudy:
         del asked["generation_prompts"]  # which prefixes it is asked behind does not depend on them
         unseen, first = self.unseen_prefixes, int(digest(asked), 16)
         return [unseen[(first + i) % len(unseen)] for i in range(min(N_PREFIXES, len(unseen)))]
+
+
+def readable(lm: LanguageModel, perplexity: float, stacklevel: int = 2) -> float:
+    """The unedited model's perplexity as it is given, with a warning where guessing any token would be better."""
+    if not perplexity <= len(lm.tokenizer):
+        warnings.warn(
+            f"{lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
+            f"guessing among its {len(lm.tokenizer)} tokens would do no worse. What edits do to it says "
+            "nothing; take texts and requests of the kind that it was trained on",
+            stacklevel=stacklevel,
+        )
+    return perplexity
 
 
 def _digest_of(second_moment: SecondMomentLike) -> str | None:
