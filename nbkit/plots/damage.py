@@ -1,4 +1,5 @@
-"""What was foretold of edits against what perplexity became: points with the calibration line, and areas by method."""
+"""What was foretold of edits against what perplexity became: points with the calibration line, areas by method,
+and what a guard made of them."""
 
 import numpy as np
 import pandas as pd
@@ -82,3 +83,26 @@ def areas_by_method(table: pd.DataFrame, ax: Axes, by: str = "method", score: st
     ax.axvline(0.5, zorder=1, **REFERENCE)
     ax.set(ylim=(len(methods) - 0.5, -0.5), xlim=(-0.03, 1.03), xlabel="Area under the ROC curve")
     return legend_above(ax, ncols=len(styles))
+
+
+def guard_outcomes(frame: pd.DataFrame, ax: Axes, by: str = "policy", ceiling: float | None = CEILING) -> Axes:
+    """How many times perplexity rose (log) with each policy, one point an edit, coloured by what the guard did with it.
+
+    Args:
+        frame: rows of `records.guarding.guarded` of several policies: `by`, guard, perplexity, perplexity_before and
+            efficacy, whose mean stands below. Rises above the ceiling, infinite and NaN ones are hollow triangles.
+    """
+    columns(frame, by, "guard", "perplexity", "perplexity_before", "efficacy")
+    styles, edge = group_styles(frame["guard"]), Edge(ratios(frame), ceiling)
+    labels, jitter = [], np.random.default_rng(0)
+    for at, (name, rows) in enumerate(frame.groupby(by, sort=False)):
+        places = at + jitter.uniform(-0.3, 0.3, len(rows))
+        for outcome in rows["guard"].unique():
+            of_outcome = (rows["guard"] == outcome).to_numpy()
+            edge.points(ax, places[of_outcome], ratios(rows)[of_outcome], styles[outcome], ms=3.4, alpha=0.8)
+        labels.append(f"{name}\n(n = {len(rows)})\nefficacy {rows['efficacy'].mean():.2f}")
+    handles = [*group_handles(styles), ax.axhline(1.0, zorder=1, label="unedited", **REFERENCE), *edge.finish(ax)]
+    ax.set_xticks(range(len(labels)), labels)
+    ax.tick_params(axis="x", length=0)
+    ax.set(xlim=(-0.5, len(labels) - 0.5), ylabel="Perplexity after / before")
+    return legend_above(ax, handles)
