@@ -59,8 +59,12 @@ def test_relations_and_words_of_requests():
         EditRequest("Now {} plays", "Ann", "drum", "harp", relation_id="a"),
     ]
     assert relations_of(requests) == [Relation("b", ("{} is in",), ("Krela", "Sennifar", "Raf"))]
-    with pytest.raises(RequestError, match="no relation of these requests"):
+    with pytest.raises(
+        RequestError, match="these 1 requests give no relation with a prompt that opens.*targets; give a"
+    ):
         relations_of(requests[2:])
+    with pytest.raises(RequestError, match="since none of them has a relation_id"):
+        relations_of([EditRequest("{} is in", "Vouda", "Krela")])
     texts = ["The Vouda drum of the hill", "the hill, a hill"]
     assert common_words(texts, requests, at_least=1) == ["hill", "the", "The", "of"]
     assert common_words(texts, requests, at_least=3) == ["hill"]

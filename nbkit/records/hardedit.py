@@ -119,7 +119,7 @@ def read_relations(path: str | Path) -> list[Relation]:
     return found
 
 
-def relations_of(requests: Iterable[EditRequest]) -> list[Relation]:
+def relations_of(requests: Sequence[EditRequest]) -> list[Relation]:
     """The relations of requests: those of their templates that open with the subject, and all their targets.
 
     A relation without such a template, or with one target, is left out, and so are requests of no relation.
@@ -135,7 +135,11 @@ def relations_of(requests: Iterable[EditRequest]) -> list[Relation]:
             targets.setdefault(request.relation_id, {}).update(dict.fromkeys(said))
     usable = [name for name in templates if templates[name] and len(targets[name]) > 1]
     if not usable:
-        raise RequestError("no relation of these requests has a prompt that opens with its subject, and two targets")
+        named = "" if templates else ", since none of them has a relation_id"
+        raise RequestError(
+            f"these {len(requests)} requests give no relation with a prompt that opens with its subject and two targets"
+            f"{named}; give a file of relations"
+        )
     return [Relation(name, tuple(templates[name]), tuple(targets[name])) for name in sorted(usable)]
 
 
