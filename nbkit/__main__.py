@@ -218,6 +218,39 @@ def train_mend(
     typer.echo(train_to_file(load(model, device, dtype), chosen, files))
 
 
+@app.command()
+def hardedit(
+    model: Annotated[str, typer.Option(help="An embedded model, a local folder, or a Hugging Face id.")],
+    out: Annotated[Path, typer.Option(help="The .json file of requests; a data card is written beside it as .md.")],
+    n: Annotated[int, typer.Option(help="How many requests.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the draw of words, templates and targets.")] = 0,
+    words: Annotated[
+        Path | None, typer.Option(help="A word a line.", show_default="an embedded model's own world's")
+    ] = None,
+    relations: Annotated[
+        Path | None,
+        typer.Option(help="JSON records of relation_id, templates, targets.", show_default="those of the requests"),
+    ] = None,
+    requests: Annotated[
+        str | None,
+        typer.Option(help="File or name; their subjects are not used.", show_default="an embedded world's facts"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+):
+    """Build requests about single common words that open the prompt, as those of HardEdit, which break models."""
+    from nbkit.models.loading import load
+    from nbkit.records.hardedit import materials
+    from nbkit.studies import hardedit as sets
+
+    given = materials(model, words, relations, requests)
+    sets.check_place(out)
+    lm = load(model, device, dtype)
+    made = sets.hardedit(lm, given, n, seed)
+    for path in sets.save_hardedit(lm, made, given, out, seed):
+        typer.echo(path)
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has come that ends the command. (Of a plain KeyboardInterrupt Python may give another exit status.)"""
 

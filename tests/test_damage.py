@@ -13,6 +13,7 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.updates import Dense, LowRank, felt_norms
 from nbkit.errors import MethodError, ModelError, ResultsError
 from nbkit.keys.moments import second_moments
+from nbkit.keys.solving import SecondMoments
 from nbkit.methods.guard import Guard
 from nbkit.records.calibration import calibration, line, threshold
 from nbkit.records.results import Store
@@ -321,3 +322,18 @@ def test_rows_of_a_study_say_what_the_guard_did(tiny, requests, contexts, texts,
     np.testing.assert_allclose(frame.loc[~refused, "perplexity"], plain.loc[~refused, "perplexity"], rtol=1e-12)
     in_sequence = sequential_edits(tiny, requests, texts, seeds=[0], guard=Guard(1e-9, second_moment=C), **shared)
     assert in_sequence["guard"].dropna().tolist() == ["refused"] * 3 and in_sequence["perplexity"].nunique() == 1
+
+
+def test_a_study_takes_second_moments_however_they_are_given(tiny, requests, contexts, texts, C, tmp_path):
+    shared = {"context_templates": contexts, "layer": 1, "v_num_grad_steps": 3, "metrics": False}
+    run = partial(single_edits, tiny, requests, texts, **shared)
+    moments, felt = SecondMoments(C, tiny), foretold(tiny, requests, contexts, C)
+    given = [(Guard(sorted(felt)[1], second_moment=each), each) for each in (C, moments)]
+    frames = [run(store=Store(tmp_path / str(i)), guard=guard) for i, (guard, _) in enumerate(given)]
+    frames += [run(store=Store(tmp_path / str(i)), second_moment=each) for i, (_, each) in enumerate(given)]
+    for one, other in (frames[:2], frames[2:]):
+        pd.testing.assert_frame_equal(one.drop(columns="created"), other.drop(columns="created"))
+    again = run(store=Store(tmp_path / "0"), guard=given[1][0])
+    pd.testing.assert_frame_equal(again, frames[0])  # the same rows: found, not computed a second time
+    assert sequential_edits(tiny, requests, texts, seeds=[0], guard=given[1][0], layer=1, v_num_grad_steps=3,
+                            context_templates=contexts, store=Store(tmp_path))["guard"].count() == 3  # fmt: skip

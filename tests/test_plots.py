@@ -19,6 +19,7 @@ from nbkit import plots
 from nbkit.errors import ResultsError
 from nbkit.plots import points, style
 from nbkit.records import correlation
+from nbkit.records.calibration import line
 from nbkit.records.collapse import detection
 from nbkit.records.survival import surviving
 
@@ -256,6 +257,31 @@ def training_panels(x):
     return lambda axes: plots.training_panels(edits, alike, known, axes, x)
 
 
+def screened_frame():
+    """Nine requests of which five were edited; one whose risk is no number is among the worst."""
+    risk = [math.nan, 60.0, 9.0, 3.0, 0.7, 0.6, 0.6, 0.5, 0.5]
+    chosen = ["worst"] * 3 + [None, "random", None, "random", None, None]
+    outcome = ["collapse", "collapse", "normal", None, "normal", None, "collapse", None, None]
+    return pd.DataFrame({"risk": risk, "chosen": chosen, "outcome": outcome})
+
+
+def damage_frame():
+    """Edits by three methods; one breaks the model beyond number, one was refused, of one nothing could be foretold."""
+    felt = [0.1, 0.2, 0.4, 3.0, 2.0, 90.0, 140.0, 0.0, math.nan]
+    ratio = [1.0, 1.01, 2.0, 1.1, 1.0, 300.0, math.inf, 1.0, 1.2]
+    guard = ["passed"] * 5 + ["fell back"] * 2 + ["refused"] * 2
+    frame = pd.DataFrame({"method": ["FT"] * 2 + ["KN"] + ["ROME"] * 6, "felt_relative": felt, "guard": guard})
+    frame["perplexity"], frame["perplexity_before"] = 4 * np.array(ratio), 4.0
+    return frame.assign(update_norm=felt, efficacy=1.0, policy=["no guard"] * 4 + ["refuse"] * 5)
+
+
+def areas_frame():
+    """Two methods of which one does no harm, by two scores."""
+    seen = {"ROME": [(0.9, 0.8, 1.0, 4, 8), (0.7, 0.5, 0.9, 4, 8)], "FT": [(math.nan,) * 3 + (0, 8)] * 2}
+    rows = [(method, score, *row) for method, of in seen.items() for score, row in zip("ab", of, strict=True)]
+    return pd.DataFrame(rows, columns=["method", "score", "auc", "low", "high", "rising", "n"])
+
+
 # name: (draws on an axes or an array of them, height in inches, arguments of plt.subplots)
 FIGURES = {
     "perplexity_per_edit": (lambda ax: plots.perplexity_per_edit(single_frame(), ax), 2.5, {}),
@@ -273,6 +299,14 @@ FIGURES = {
     "success_by_layer": (lambda ax: plots.success_by_layer(layers_frame(), ax), 2.2, {}),
     "key_among_others": (lambda ax: plots.key_among_others(this_key_frame(), ax), 3.0, {}),
     "risk_distribution": (lambda ax: plots.risk_distribution(risk_frame(), ax, chosen=12.0), 2.4, {}),
+    "screened_risk": (lambda ax: plots.screened_risk(screened_frame(), ax), 2.6, {}),
+    "damage_calibration": (
+        lambda ax: plots.damage_calibration(damage_frame(), ax, line(damage_frame()), most=4),
+        3.0,
+        {},
+    ),
+    "areas_by_method": (lambda ax: plots.areas_by_method(areas_frame(), ax), 2.4, {}),
+    "guard_outcomes": (lambda ax: plots.guard_outcomes(damage_frame(), ax), 2.6, {}),
     "denominators": (lambda ax: plots.denominators(single_frame(), ax), 2.5, {}),
     "similarity_histogram": (lambda ax: plots.similarity_histogram(keys_frame(), ax), 2.4, {}),
     "norm_histogram": (lambda ax: plots.norm_histogram(keys_frame(), ax), 2.6, {}),
@@ -576,6 +610,32 @@ def test_collapse_by_templates_has_a_share_and_its_interval_at_each_number(ax):
     ends = ax.collections[labels_of(ax).index("others (n = 6)")].get_segments()[0][:, 1]
     wilson = stats.binomtest(6, 6).proportion_ci(method="wilson")
     assert ends == pytest.approx([wilson.low, wilson.high])
+
+
+def test_a_screening_marks_what_was_edited_and_counts_the_rest(ax):
+    plots.screened_risk(screened_frame(), ax)
+    assert {"not edited (n = 4)", "edited: collapse (n = 3)", "edited: normal (n = 2)", "the 3 worst"} < set(
+        labels_of(ax)
+    )
+    assert "infinite or NaN (1 of 9)" in labels_of(ax)
+    placed = np.sort(np.concatenate([each.get_xdata() for each in ax.lines]))
+    np.testing.assert_array_equal(placed, np.arange(1, 10))
+
+
+def test_the_calibration_line_is_the_fit_and_what_has_no_place_is_counted(ax):
+    frame = damage_frame()
+    fit = line(frame)
+    plots.damage_calibration(frame, ax, fit)
+    (drawn,) = [each for each in ax.lines if each.get_label().startswith("slope")]
+    np.testing.assert_allclose(np.log(drawn.get_ydata()), fit.intercept + fit.slope * np.log(drawn.get_xdata()))
+    assert "0 or no number, not drawn: 2" in labels_of(ax) and "ROME (n = 6)" in labels_of(ax)
+    assert "infinite or NaN (1 of 9)" in labels_of(ax)
+
+
+def test_areas_stand_at_their_values_and_methods_without_harm_say_so(ax):
+    plots.areas_by_method(areas_frame(), ax)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ROME\n(4 of 8 rise)", "FT\n(0 of 8 rise)"]
+    assert [each.get_xdata()[0] for each in ax.lines if each.get_label() in "ab"] == [0.9, 0.7]
 
 
 def test_denominators_show_by_open_markers_which_are_negative(ax):

@@ -82,6 +82,11 @@ class SecondMoments:
     def __bool__(self) -> bool:
         return self._given is not None
 
+    @property
+    def given(self) -> Tensor | np.ndarray | Mapping[int, Tensor] | None:
+        """What they were made of: what determines them, for whoever names results by it."""
+        return self._given
+
     def solve(
         self, layer: int, vectors: Float[Tensor, "*batch d_mlp"], ridge: float = 0.0
     ) -> Float[Tensor, "*batch d_mlp"]:

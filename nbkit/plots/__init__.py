@@ -9,6 +9,7 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
 from nbkit.plots.captions import sources
+from nbkit.plots.damage import areas_by_method, damage_calibration, guard_outcomes
 from nbkit.plots.key_distributions import (
     embedding_scatter,
     key_among_others,
@@ -26,6 +27,7 @@ from nbkit.plots.one_edit import (
 )
 from nbkit.plots.risk import risk_distribution
 from nbkit.plots.sequence_grids import perplexity_grid, share_grid, size_grid, survival_grid
+from nbkit.plots.screening import screened_risk
 from nbkit.plots.sequential_edits import sequence_step, sequential_curves, survival_curves
 from nbkit.plots.single_edits import (
     collapse_by_templates,

@@ -22,7 +22,7 @@ from typing import Any
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
 from nbkit.errors import MethodError
-from nbkit.keys.solving import SecondMoments
+from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.setups import in_words
@@ -56,7 +56,9 @@ class MethodStudy:
         self.lm, self.method, self.hparams = lm, method, hparams
         parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
         second_moment = needed_moments(lm, method, parameters, second_moment)
-        self.moments = None if second_moment is None else SecondMoments(second_moment, lm)  # factored once
+        self.moments = second_moment  # factored once
+        if not isinstance(second_moment, SecondMoments | None):
+            self.moments = SecondMoments(second_moment, lm)
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else prompts.check_templates(context_templates)
         self.words = in_words(method, parameters)
@@ -64,13 +66,12 @@ class MethodStudy:
         self.parameters |= {
             "method": method,
             "context_templates": self.given_templates,
-            "second_moment": None if second_moment is None else digest(second_moment),
+            "second_moment": _digest_of(second_moment),
         }
         self.guard = guard
         if isinstance(guard, Guard):  # `edit` refuses what is none
-            given = guard.second_moment
             about = {"most": guard.most, "instead": guard.instead}
-            self.parameters["guard"] = about | {"second_moment": None if given is None else digest(given)}
+            self.parameters["guard"] = about | {"second_moment": _digest_of(guard.second_moment)}
         read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
         if read:
             self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]
@@ -107,14 +108,7 @@ class MethodStudy:
 
     def readable(self, perplexity: float) -> float:
         """The unedited model's perplexity as it is given, with a warning where guessing any token would be better."""
-        if not perplexity <= len(self.lm.tokenizer):
-            warnings.warn(
-                f"{self.lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
-                f"guessing among its {len(self.lm.tokenizer)} tokens would do no worse. What edits do to it says "
-                "nothing; take texts and requests of the kind that it was trained on",
-                stacklevel=3,
-            )
-        return perplexity
+        return readable(self.lm, perplexity, stacklevel=4)
 
     def task(self, what: str) -> str:
         """The name of a progress bar: what is done, with which method, to which model."""
@@ -151,6 +145,24 @@ class MethodStudy:
         del asked["generation_prompts"]  # which prefixes it is asked behind does not depend on them
         unseen, first = self.unseen_prefixes, int(digest(asked), 16)
         return [unseen[(first + i) % len(unseen)] for i in range(min(N_PREFIXES, len(unseen)))]
+
+
+def readable(lm: LanguageModel, perplexity: float, stacklevel: int = 2) -> float:
+    """The unedited model's perplexity as it is given, with a warning where guessing any token would be better."""
+    if not perplexity <= len(lm.tokenizer):
+        warnings.warn(
+            f"{lm.title} cannot read these texts: its perplexity before any edit is {perplexity:.3g}, and "
+            f"guessing among its {len(lm.tokenizer)} tokens would do no worse. What edits do to it says "
+            "nothing; take texts and requests of the kind that it was trained on",
+            stacklevel=stacklevel,
+        )
+    return perplexity
+
+
+def _digest_of(second_moment: SecondMomentLike) -> str | None:
+    """The digest of second moments, the same however they are given; None for none."""
+    given = second_moment.given if isinstance(second_moment, SecondMoments) else second_moment
+    return None if given is None else digest(given)
 
 
 def check_arguments(name: str, given: Any, function: Callable) -> None:
