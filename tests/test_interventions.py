@@ -1,0 +1,199 @@
+"""An intervention changes what it names and nothing else, in whole passes and in those cut short, and leaves no trace."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import nbkit
+from nbkit.errors import ModelError, PromptError
+from nbkit.keys.extract import in_contexts, keys, keys_and_values
+from nbkit.methods.values import KL_PROMPT
+from nbkit.models.generation import generated
+from nbkit.models.interventions import (
+    at_first_token,
+    first_hidden,
+    first_position_as,
+    in_front,
+    shifted_by,
+    subject_alone,
+)
+from nbkit.models.prompts import encode, find_subjects, subject_spans, tokenize
+
+SETTINGS = {"layer": 1, "v_num_grad_steps": 3, "progress": False}
+SHORT = ["Ann plays the harp", "Vouda is", "I"]  # within every window of the tiny models
+
+
+def read_in(requests, contexts):
+    """The prompts, and their subjects, that an edit of these requests reads."""
+    prompts = [[*in_contexts(request, contexts), KL_PROMPT] for request in requests]
+    subjects = [[request.subject] * len(of) for request, of in zip(requests, prompts, strict=True)]
+    return sum(prompts, []), sum(subjects, [])
+
+
+def on_passes(lm):
+    """The interventions on passes that this model can have."""
+    yield from (shifted_by(3), first_hidden(), subject_alone())
+    if lm.architecture.learned_positions:
+        yield first_position_as(5)
+
+
+def plainly(lm, ids, hidden=None, positions=None):
+    """Logits of one row by transformers alone, with a mask that says for each pair of tokens what is seen."""
+    n = len(ids)
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    if hidden is not None:
+        seen &= ~hidden
+    mask = torch.zeros(n, n, dtype=lm.dtype).masked_fill(~seen, torch.finfo(lm.dtype).min)[None, None]
+    positions = torch.arange(n) if positions is None else positions
+    with torch.no_grad():
+        ids = torch.tensor([ids])
+        return lm.model(input_ids=ids, attention_mask=mask, position_ids=positions[None], use_cache=False).logits[0]
+
+
+def each_row(lm, texts):
+    """Logits of every text in one padded batch, without the padding."""
+    batch = encode(lm, texts)
+    with torch.no_grad():
+        logits = lm.logits(batch)
+    return [row[:n] for row, n in zip(logits, batch.lengths.tolist(), strict=True)]
+
+
+def test_outside_the_with_every_bit_is_what_it_was(lm, requests, contexts, texts):
+    before = each_row(lm, texts)
+    for one in on_passes(lm):
+        with pytest.raises(KeyError), one.during(lm, *read_in(requests, contexts)):
+            raise KeyError
+        with one.during(lm, *read_in(requests, contexts)):
+            nbkit.perplexity(lm, texts, progress=False)
+        assert all(torch.equal(*pair) for pair in zip(each_row(lm, texts), before, strict=True)), one.name
+
+
+def test_position_0_hidden_is_a_mask_without_its_column(lm, tolerance):
+    with first_hidden().during(lm):
+        found = each_row(lm, SHORT)
+        left = encode(lm, SHORT, "left")
+        with torch.no_grad():
+            of_left = [row[-n:] for row, n in zip(lm.logits(left), left.lengths.tolist(), strict=True)]
+    for ids, *both in zip(tokenize(lm, SHORT), found, of_left, strict=True):
+        hidden = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+        hidden[1:, 0] = True
+        for one in both:
+            torch.testing.assert_close(one, plainly(lm, ids, hidden), rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(found[0], each_row(lm, SHORT)[0])
+
+
+def test_only_the_weights_on_position_0_are_taken_away(make_lm):
+    """In the first layer, whose queries and keys are the same as ever, the other weights stay in proportion."""
+    lm = make_lm("gpt2")
+    lm.model.set_attn_implementation("eager")
+    batch = encode(lm, SHORT[:1])
+
+    def weights():
+        asked = {"position_ids": batch.position_ids, "output_attentions": True, "use_cache": False}
+        return lm.model(input_ids=batch.input_ids, **asked).attentions
+
+    before = weights()
+    with first_hidden().during(lm):
+        after = weights()
+    assert all((layer[:, :, 1:, 0] == 0).all() for layer in after)
+    rest = before[0].clone()
+    rest[:, :, 1:, 0] = 0
+    torch.testing.assert_close(after[0], rest / rest.sum(-1, keepdim=True))
+
+
+def test_a_subject_alone_sees_nothing_before_it(lm, requests, tolerance):
+    request = requests[1]
+    prompts, subjects = [f"I. {request.prompt}"], [request.subject]
+    (ids,), ((first, last),) = subject_spans(lm, prompts, subjects)
+    hidden = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    hidden[first : last + 1, :first] = True
+    text = prompts[0].replace("{}", request.subject)
+    assert first > 0
+    with subject_alone().during(lm, prompts, subjects):
+        found, other = each_row(lm, [text, "I play chess"])
+    torch.testing.assert_close(found, plainly(lm, ids, hidden), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(other, each_row(lm, ["I play chess"])[0], rtol=tolerance, atol=tolerance)
+
+
+def test_alone_in_a_rotary_model_a_token_has_the_key_of_a_first_one(lm, requests, contexts, tolerance):
+    """It cannot see where it is. With learned positions it can."""
+    request = requests[1]
+    with subject_alone().during(lm, *read_in([request], contexts)):
+        behind = keys(lm, [request], 1, contexts, progress=False)[0]
+    rows, spans = subject_spans(lm, in_contexts(request, contexts), [request.subject] * len(contexts))
+    tokens = [row[first : last + 1] for row, (first, last) in zip(rows, spans, strict=True)]
+    alike = behind[torch.tensor([of_row == tokens[1] for of_row in tokens])]  # behind a prefix a space is among them
+    assert len(alike) > 1
+    spread = (alike - alike[:1]).abs().max() / alike.abs().max()
+    assert (spread > 1e-3) if lm.architecture.learned_positions else (spread < max(tolerance, 1e-5))
+
+
+def test_another_position_embedding_is_another_position_id(lm, texts, tolerance):
+    ids = tokenize(lm, texts[:1])[0]
+    count = torch.arange(len(ids))
+    with shifted_by(3).during(lm):
+        shifted = each_row(lm, texts[:1])[0]
+    window = getattr(lm.config, "sliding_window", None)
+    if lm.architecture.learned_positions:
+        torch.testing.assert_close(shifted, plainly(lm, ids, positions=count + 3), rtol=tolerance, atol=tolerance)
+        with first_position_as(5).during(lm):
+            replaced = each_row(lm, texts[:1])[0]
+        plain = plainly(lm, ids, positions=torch.where(count == 0, 5, count))
+        torch.testing.assert_close(replaced, plain, rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(replaced, each_row(lm, texts[:1])[0])
+    else:
+        same = each_row(lm, texts[:1])[0]
+        rounding = max(tolerance, 1e-4) * float(same.abs().max())  # angles are float32 in these models
+        torch.testing.assert_close(shifted, same, rtol=0, atol=rounding)
+        with pytest.raises(ModelError, match="no learned position embeddings.*use shifted_by"):
+            first_position_as(5).during(lm)
+    assert window is None or len(ids) > window, "beyond the window"
+
+
+def test_passes_cut_short_are_changed_as_whole_ones_are(lm, requests, contexts, texts, tolerance):
+    """Edits, and what they do, are the same by replay and by whole passes."""
+    again = nbkit.edit(lm, requests, context_templates=contexts, **SETTINGS)
+    moved = []
+    for one in on_passes(lm):
+        results = []
+        for lm.replayable in (True, False):
+            with one.during(lm, *read_in(requests, contexts)):
+                made = nbkit.edit(lm, requests, context_templates=contexts, **SETTINGS)
+                after = nbkit.perplexity(lm, texts, edits=made, progress=False)
+            results.append((torch.stack([edit.info["value_star"] for edit in made]),
+                            torch.stack([edit.info["key_mean"] for edit in made]), torch.tensor(after)))  # fmt: skip
+        for cut, whole in zip(*results, strict=True):
+            close = max(100 * tolerance, 1e-6)
+            torch.testing.assert_close(cut, whole, rtol=close, atol=close * float(whole.abs().max()), msg=one.name)
+        plain = torch.stack([edit.info["key_mean"] for edit in again])
+        moved.append(bool((results[0][1] - plain).abs().max() > 1e-3 * plain.abs().max()))
+    assert moved == [lm.architecture.learned_positions, True, True, True][: len(moved)]
+
+
+def test_what_makes_no_sense_is_refused(tiny, texts):
+    with pytest.raises(ModelError, match="position 96 does not exist in tiny-gpt2"):
+        first_position_as(96).during(tiny)
+    with shifted_by(90).during(tiny), pytest.raises(PromptError, match="does not fit into the context"):
+        nbkit.perplexity(tiny, texts, progress=False)
+    with first_hidden().during(tiny), pytest.raises(ModelError, match="in a pass with a cache"):
+        generated(tiny, ["Ann"], 2, progress=False)
+    with pytest.raises(PromptError, match="without {}"):
+        in_front("{} and", "name")
+    with shifted_by(3).during(tiny), pytest.raises(ModelError, match="inside a `with` that changes its passes"):
+        _ = tiny.hash
+
+
+def test_requests_are_rewritten_where_it_says(lm, requests):
+    one = at_first_token()
+    for request in requests:
+        first = one.rewritten(lm, request)
+        assert first.text == request.text and first.target_new == request.target_new
+        (ids,), (index,) = find_subjects(lm, [first.prompt], [first.subject])
+        assert index == lm.architecture.adds_bos and ids == tokenize(lm, [request.text])[0]
+    behind = in_front("<|endoftext|>", "end of text").rewritten(lm, requests[0])
+    (ids,), (index,) = find_subjects(lm, [behind.prompt], [behind.subject])
+    (plain,), (before,) = find_subjects(lm, [requests[0].prompt], [requests[0].subject])
+    assert index == before + 1 and ids[index] == plain[before]
+    key_of = partial(keys_and_values, lm, subjects=[behind.subject], layer=1)
+    assert not torch.allclose(key_of([behind.prompt]).keys, key_of([requests[0].prompt]).keys)
