@@ -1,15 +1,18 @@
-"""An intervention changes what it names and nothing else, in whole passes and in those cut short, and leaves no trace."""
+"""An intervention changes what it names and nothing else, in whole passes and in short ones, and leaves no trace."""
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import nbkit
+from nbkit import studies
 from nbkit.errors import ModelError, PromptError
 from nbkit.keys.extract import in_contexts, keys, keys_and_values
 from nbkit.methods.values import KL_PROMPT
 from nbkit.models.generation import generated
+from nbkit.models.hooks import capture
 from nbkit.models.interventions import (
     at_first_token,
     first_hidden,
@@ -19,6 +22,10 @@ from nbkit.models.interventions import (
     subject_alone,
 )
 from nbkit.models.prompts import encode, find_subjects, subject_spans, tokenize
+from nbkit.records.medians import median_interval
+from nbkit.records.results import Store
+from nbkit.studies.interventions import C_ROME, KEYS, ROME, later_keys
+from nbkit.studies.method_study import MethodStudy
 
 SETTINGS = {"layer": 1, "v_num_grad_steps": 3, "progress": False}
 SHORT = ["Ann plays the harp", "Vouda is", "I"]  # within every window of the tiny models
@@ -197,3 +204,82 @@ def test_requests_are_rewritten_where_it_says(lm, requests):
     assert index == before + 1 and ids[index] == plain[before]
     key_of = partial(keys_and_values, lm, subjects=[behind.subject], layer=1)
     assert not torch.allclose(key_of([behind.prompt]).keys, key_of([requests[0].prompt]).keys)
+
+
+STUDY = {"layer": 1, "v_num_grad_steps": 3}
+
+
+def test_each_edit_is_made_with_one_thing_changed_and_measured_without(tiny, requests, texts, contexts, tmp_path):
+    """Against the same by hand: the verbs inside of the `with`, or on the rewritten requests."""
+    ones = [in_front("I. ", "in front"), first_position_as(5), subject_alone()]
+    frame = studies.intervened_edits(tiny, requests, texts, ones, Store(tmp_path), contexts, **STUDY)
+    assert list(dict.fromkeys(frame["intervention"])) == [*KEYS, *(one.name for one in ones)]
+    of = {name: rows.reset_index(drop=True) for name, rows in frame.groupby("intervention")}
+    assert all(rows["case_id"].tolist() == ["0", "1", "2"] for rows in of.values())
+    for one in ones:
+        asked = [one.rewritten(tiny, request) for request in requests]
+        with one.during(tiny, *read_in(asked, contexts)):
+            inside = nbkit.perplexity(tiny, texts, progress=False)
+            made = nbkit.edit(tiny, asked, context_templates=contexts, **SETTINGS)
+            said = nbkit.edit_metrics(tiny, asked, edits=made, progress=False)
+        rows = of[one.name]
+        np.testing.assert_allclose(rows["signed_denominator"], [e.info["signed_denominator"] for e in made], rtol=1e-9)
+        np.testing.assert_allclose(rows["perplexity"], nbkit.perplexity(tiny, texts, made, progress=False), rtol=1e-9)
+        plain = nbkit.edit_metrics(tiny, requests, edits=made, progress=False)
+        np.testing.assert_allclose(rows["target_probability"], plain["target_probability"], rtol=1e-9)
+        np.testing.assert_array_equal(rows["efficacy_argmax_intervened"], said["efficacy_argmax"])
+        known = rows["perplexity_intervened"]
+        assert known.isna().all() if one.passes is None else np.allclose(known, inside)
+    for name, mode in ((ROME, "mixed"), (C_ROME, "prefixed")):
+        made = nbkit.edit(tiny, requests, context_templates=contexts, key_mode=mode, **SETTINGS)
+        np.testing.assert_allclose(of[name]["perplexity"], nbkit.perplexity(tiny, texts, made, progress=False))
+        np.testing.assert_allclose(of[name]["numerator"], [e.info["numerator"] for e in made], rtol=1e-6)
+    below, above = of["k̄ in the denominator only"], of["k̄ in the numerator only"]
+    for one, denominator, numerator in ((below, C_ROME, ROME), (above, ROME, C_ROME)):
+        np.testing.assert_allclose(one["denominator"], of[denominator]["denominator"], rtol=1e-6)
+        np.testing.assert_allclose(one["numerator"], of[numerator]["numerator"], rtol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:  # nothing is computed twice
+        patch.setattr(MethodStudy, "edits", None)
+        again = studies.intervened_edits(tiny, requests, texts, ones[::-1], Store(tmp_path), contexts, **STUDY)
+    assert again["perplexity"].sum() == pytest.approx(frame["perplexity"].sum())
+
+
+def test_the_later_key_is_of_the_same_tokens_behind_the_prefixes(lm, requests, contexts, tolerance):
+    request = requests[1]
+    (found,) = later_keys(lm, [request], 1, contexts)
+    (own,), ((first, last),) = subject_spans(lm, [request.prompt], [request.subject])
+    each = []
+    for prefix in contexts[1:]:
+        row = tokenize(lm, [prefix.removesuffix(" {}")])[0] + own[first : last + 1]
+        with torch.no_grad(), capture(lm.projection(1), "input", shape=(1, len(row))) as key:
+            lm.model(input_ids=torch.tensor([row]), use_cache=False)
+        each.append(key.value[0, -1])
+    torch.testing.assert_close(found, torch.stack(each).mean(0).to(found.dtype), rtol=1e-4, atol=tolerance)
+
+
+def test_by_layer_a_first_token_is_taken_for_the_subject(tiny, requests, contexts):
+    frame = studies.first_tokens_by_layer(tiny, requests, [0, 2], "I. ", contexts)
+    for place, one in (("first token", at_first_token()), ("behind a sentence", in_front("I. ", "name"))):
+        asked = [one.rewritten(tiny, request) for request in requests]
+        risk = nbkit.collapse_risk(tiny, asked, layer=2, context_templates=contexts, progress=False)
+        rows = frame[(frame["place"] == place) & (frame["layer"] == 2)]
+        np.testing.assert_allclose(rows["signed_denominator"], risk["signed_denominator"])
+        assert rows["subject"].tolist() == [request.subject for request in requests]
+    assert frame["similarity"].between(-1, 1).all() and len(frame) == 3 * 2 * len(requests)
+
+
+def test_hard_requests_are_the_first_that_collapse(tiny, requests, texts, contexts, tmp_path):
+    arguments = {"store": Store(tmp_path), "context_templates": contexts, **STUDY}
+    rows = studies.single_edits(tiny, requests, texts, **arguments)
+    ratio = float(np.sort(rows["perplexity"] / rows["perplexity_before"])[-1])  # only the worst collapses
+    hard, normal = studies.hard_and_normal(tiny, requests, texts, 1, ratio=ratio, **arguments)
+    worst = int(rows["perplexity"].argmax())
+    assert hard == [requests[worst]] and normal == [requests[0 if worst else 1]]
+
+
+def test_medians_come_with_an_exact_interval():
+    middle, low, high = median_interval([3, 1, 2, np.inf, 5, 4, 6])
+    assert (middle, low, high) == (4, 1, np.inf)  # of seven, 1 - 2/2^7 lies between the extremes
+    assert np.isnan(median_interval([1.0, 2.0])[1])
+    with pytest.raises(ValueError, match="1 are NaN"):
+        median_interval([1.0, np.nan])

@@ -143,7 +143,7 @@ def subject_alone(name: str = "subject sees itself alone") -> Intervention:
     """The subject's tokens attend to no token before the subject, in any layer: neither prefix nor BOS."""
 
     def passes(lm: LanguageModel, prompts: Sequence[str], subjects: Sequence[str]) -> Guarded:
-        found = zip(*subject_spans(lm, prompts, subjects), strict=True)
+        found = zip(*subject_spans(lm, prompts, subjects), strict=True) if prompts else ()
         spans = {tuple(row[: last + 1]): first for row, (first, last) in found}
         lengths = sorted({len(row) for row in spans}, reverse=True)
 
