@@ -8,7 +8,7 @@ import torch
 
 import nbkit
 from nbkit import studies
-from nbkit.errors import ModelError, PromptError
+from nbkit.errors import ModelError, PromptError, RequestError
 from nbkit.keys.extract import in_contexts, keys, keys_and_values
 from nbkit.methods.values import KL_PROMPT
 from nbkit.models.generation import generated
@@ -272,9 +272,11 @@ def test_hard_requests_are_the_first_that_collapse(tiny, requests, texts, contex
     arguments = {"store": Store(tmp_path), "context_templates": contexts, **STUDY}
     rows = studies.single_edits(tiny, requests, texts, **arguments)
     ratio = float(np.sort(rows["perplexity"] / rows["perplexity_before"])[-1])  # only the worst collapses
-    hard, normal = studies.hard_and_normal(tiny, requests, texts, 1, ratio=ratio, **arguments)
+    hard, normal = studies.hard_and_normal(tiny, requests, texts, 2, 1, ratio=ratio, **arguments)
     worst = int(rows["perplexity"].argmax())
     assert hard == [requests[worst]] and normal == [requests[0 if worst else 1]]
+    with pytest.raises(RequestError, match="none is a collapse one.*Take more requests"):
+        studies.hard_and_normal(tiny, requests, texts, 1, 1, ratio=2 * ratio, **arguments)
 
 
 def test_medians_come_with_an_exact_interval():

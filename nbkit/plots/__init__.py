@@ -9,6 +9,7 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
 from nbkit.plots.captions import sources
+from nbkit.plots.interventions import intervention_strips
 from nbkit.plots.key_distributions import (
     embedding_scatter,
     key_among_others,

@@ -1,6 +1,6 @@
 """What makes an edit of ROME collapse the model: edits computed with one thing changed at a time.
 
-    hard, normal = hard_and_normal(lm, requests, texts, n_each=10)
+    hard, normal = hard_and_normal(lm, requests, texts, n_hard=10, n_normal=10)
     frame = intervened_edits(lm, hard + normal, texts, standard_interventions(lm))
     layers = first_tokens_by_layer(lm, hard + normal, range(lm.n_layers), "The door was open. ")
 
@@ -81,27 +81,37 @@ def hard_and_normal(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     texts: Sequence[str],
-    n_each: int,
+    n_hard: int,
+    n_normal: int,
     ratio: float = 10.0,
     store: Store | None = None,
     **arguments,
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """The first requests whose edit by ROME raises perplexity `ratio` times or more, and the first others; n_each.
+    """The first requests whose edit by ROME raises perplexity `ratio` times or more, and the first others; so many.
 
     Requests are edited in order, as `single_edits` does with these arguments, until there are enough of both; fewer
-    come back where the list has not as many. Nothing but perplexity is looked at.
+    come back where the list has not as many, RequestError where it has none of either. Nothing but perplexity is looked
+    at.
     """
-    check_number("n_each", n_each, whole=True, least=1)
+    for name, number in (("n_hard", n_hard), ("n_normal", n_normal)):
+        check_number(name, number, whole=True, least=1)
     requests = as_requests(requests)
     found: dict[str, list[EditRequest]] = {"collapse": [], "normal": []}
-    for start in range(0, len(requests), 2 * n_each):
-        some = requests[start : start + 2 * n_each]
+    size = max(n_hard, n_normal)
+    for start in range(0, len(requests), size):
+        some = requests[start : start + size]
         rows = single_edits(lm, some, texts, store=store, **arguments)
         for request, outcome in zip(some, outcomes(rows, ratio), strict=True):
             found[outcome].append(request)
-        if min(map(len, found.values())) >= n_each:
+        if len(found["collapse"]) >= n_hard and len(found["normal"]) >= n_normal:
             break
-    return found["collapse"][:n_each], found["normal"][:n_each]
+    for outcome, of_kind in found.items():
+        if not of_kind:
+            raise RequestError(
+                f"{lm.title}: of the edits of {len(requests)} requests none is a {outcome} one, to be compared with "
+                f"the others; a collapse raises perplexity {ratio:g} times. Take more requests, or others"
+            )
+    return found["collapse"][:n_hard], found["normal"][:n_normal]
 
 
 @verb
@@ -137,7 +147,7 @@ def intervened_edits(
     for each in interventions:
         each.during(lm)  # refuses before any work
     parts = [_Keys(setting, texts), *(_Changed(setting, texts, each) for each in interventions)]
-    shown = steps(parts, f"{lm.title}: interventions", "intervention", delay=0)
+    shown = steps(parts, f"{lm.title}: interventions", "intervention")
     return pd.concat([part.rows(requests) for part in shown], ignore_index=True)
 
 
