@@ -2,14 +2,17 @@
 
 from functools import partial
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import nbkit
-from nbkit import studies
+from nbkit import plots, studies
 from nbkit.errors import ModelError, PromptError, RequestError
-from nbkit.keys.extract import in_contexts, keys, keys_and_values
+from nbkit.keys.extract import in_contexts, keys, keys_and_values, later_keys
 from nbkit.methods.values import KL_PROMPT
 from nbkit.models.generation import generated
 from nbkit.models.hooks import capture
@@ -24,9 +27,10 @@ from nbkit.models.interventions import (
 from nbkit.models.prompts import encode, find_subjects, subject_spans, tokenize
 from nbkit.records.medians import median_interval
 from nbkit.records.results import Store
-from nbkit.studies.interventions import C_ROME, KEYS, ROME, later_keys
+from nbkit.studies.interventions import C_ROME, KEYS, ROME
 from nbkit.studies.method_study import MethodStudy
 
+mpl.use("Agg")
 SETTINGS = {"layer": 1, "v_num_grad_steps": 3, "progress": False}
 SHORT = ["Ann plays the harp", "Vouda is", "I"]  # within every window of the tiny models
 
@@ -285,3 +289,24 @@ def test_medians_come_with_an_exact_interval():
     assert np.isnan(median_interval([1.0, 2.0])[1])
     with pytest.raises(ValueError, match="1 are NaN"):
         median_interval([1.0, np.nan])
+
+
+def test_the_figure_has_a_row_each_and_shows_what_is_infinite():
+    rows = [(name, kind, group, value, value and 4.0 / value)
+            for name, kind in (("as it is", "keys"), ("in front", "request")) for group in ("hard", "normal")
+            for value in (-0.02, 5.0, 40.0)]  # fmt: skip
+    names = ["intervention", "changes", "group", "signed_denominator", "perplexity"]
+    frame = pd.DataFrame(rows, columns=names).assign(perplexity_before=4.0)
+    frame.loc[0, "perplexity"] = np.inf
+    frame["perplexity"] = frame["perplexity"].abs()
+    with plots.paper_style():
+        fig, axes = plt.subplots(1, 2)
+        plots.intervention_strips(frame, axes)
+        fig.canvas.draw()
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["as it is", "in front"]
+    shown = np.concatenate([line.get_xdata() for line in axes[0].lines if line.get_ls() == "None"])
+    assert sorted(shown) == sorted(frame["signed_denominator"])
+    low, high = axes[0].get_xlim()
+    assert low < -0.02 and high > 40
+    assert "infinite or NaN (1 of 12)" in [text.get_text() for text in axes[0].get_legend().get_texts()]
+    plt.close(fig)

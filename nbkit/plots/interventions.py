@@ -52,7 +52,7 @@ def intervention_strips(
     right.axvline(ratio, **REFERENCE, zorder=0)
     right.axvline(1, color=GREY, lw=0.5, zorder=0)
     handles = [*group_handles(styles), Line2D([], [], label="median", **MEDIAN), *edge.finish(right)]
-    handles.insert(len(styles) + 1, Line2D([], [], label=f"0; {ratio:g} times", **REFERENCE))
+    handles.insert(len(styles) + 1, Line2D([], [], label=f"denominator 0; rise {ratio:g}-fold", **REFERENCE))
     log_axis(right.xaxis)
     _signed_axis(left, frame["signed_denominator"])
     left.set(xlabel="Denominator $k \\cdot u$, signed")
@@ -76,6 +76,8 @@ def _signed_axis(ax: Axes, values: pd.Series) -> None:
     ax.xaxis.set_major_locator(FixedLocator([*-below[::-1], 0, *powers]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     ax.xaxis.set_minor_locator(NullLocator())
+    lowest = values.min()
+    ax.set_xlim(1.6 * lowest - 0.3 * LINEAR if lowest < 0 else -0.3 * LINEAR, 1.6 * highest)  # no marker is cut
 
 
 def _rows(ax: Axes, rows: dict[str, pd.DataFrame]) -> None:

@@ -21,10 +21,9 @@ from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
 from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError, RequestError
-from nbkit.keys.extract import in_contexts, keys, widened
+from nbkit.keys.extract import in_contexts, keys, later_keys
 from nbkit.methods.values import KL_PROMPT
 from nbkit.methods.verbs import as_templates
-from nbkit.models.calls import projection_pass
 from nbkit.models.interventions import (
     Intervention,
     at_first_token,
@@ -35,7 +34,7 @@ from nbkit.models.interventions import (
     subject_alone,
 )
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import find_subjects, pad, request_columns, tokenize
+from nbkit.models.prompts import request_columns
 from nbkit.records.bars import bar, steps
 from nbkit.records.bounds import check_number
 from nbkit.records.collapse import outcomes
@@ -69,10 +68,10 @@ def standard_interventions(lm: LanguageModel, sentence: str, position: int) -> l
         in_front(sentence, "sentence in front"),
         *([in_front(end, "end-of-text token in front")] if end else []),
         in_front("\n", "line break in front"),
+        at_first_token(),
         first_position_as(position) if learned else shifted_by(position),
         first_hidden(),
         subject_alone(),
-        at_first_token(),
     ]
 
 
@@ -146,19 +145,23 @@ def intervened_edits(
     setting = MethodStudy(lm, "rome", context_templates, second_moment, store, hparams)
     for each in interventions:
         each.during(lm)  # refuses before any work
-    parts = [_Keys(setting, texts), *(_Changed(setting, texts, each) for each in interventions)]
+    made: dict[EditRequest, Edit] = {}
+    parts = [_Keys(setting, texts, made), *(_Changed(setting, texts, made, each) for each in interventions)]
     shown = steps(parts, f"{lm.title}: interventions", "intervention")
     return pd.concat([part.rows(requests) for part in shown], ignore_index=True)
 
 
 class _Part:
-    """Rows of one intervention, or of those that share their edits, each stored under its own key."""
+    """Rows of one intervention, or of those that share their edits, each stored under its own key.
+
+    made: edits by ROME as it is, which parts have computed for the others.
+    """
 
     name: str
     arguments: Mapping
 
-    def __init__(self, setting: MethodStudy, texts: Sequence[str]):
-        self.setting, self.lm, self.texts = setting, setting.lm, texts
+    def __init__(self, setting: MethodStudy, texts: Sequence[str], made: dict[EditRequest, Edit]):
+        self.setting, self.lm, self.texts, self.made = setting, setting.lm, texts, made
 
     def rows(self, requests: Sequence[EditRequest]) -> pd.DataFrame:
         study = self.setting.study("interventions", {"texts": self.texts}, intervention=dict(self.arguments))
@@ -180,6 +183,12 @@ class _Part:
     def measured(self, requests: Sequence[EditRequest]) -> list[list[dict]]:
         """The rows of each request."""
         raise NotImplementedError
+
+    def plain_edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        """By ROME as it is; those that are there are not computed again."""
+        missing = [request for request in dict.fromkeys(requests) if request not in self.made]
+        self.made.update(zip(missing, self.setting.edits(missing) if missing else (), strict=True))
+        return [self.made[request] for request in requests]
 
     def described(self, name: str, changes: str, requests: Sequence[EditRequest], made: Sequence[Edit]) -> list[dict]:
         """One row a request: what its edit did to the model with nothing changed."""
@@ -205,7 +214,7 @@ class _Keys(_Part):
     name, arguments = "keys of the formula", {"keys": {name: list(of) for name, of in KEYS.items()}}
 
     def measured(self, requests: Sequence[EditRequest]) -> list[list[dict]]:
-        plain = self.setting.edits(requests)
+        plain = self.plain_edits(requests)
         later = later_keys(self.lm, requests, plain[0].info["layer"], self.setting.arguments["context_templates"])
         by_name = []
         for name, (below, above) in KEYS.items():
@@ -225,8 +234,8 @@ class _Keys(_Part):
 class _Changed(_Part):
     """Edits computed under one intervention."""
 
-    def __init__(self, setting: MethodStudy, texts: Sequence[str], intervention: Intervention):
-        super().__init__(setting, texts)
+    def __init__(self, setting: MethodStudy, texts: Sequence[str], made: dict, intervention: Intervention):
+        super().__init__(setting, texts, made)
         self.intervention, self.name = intervention, intervention.name
         self.arguments = {"name": self.name, **intervention.arguments}
         self.unedited: float | None = None
@@ -241,7 +250,7 @@ class _Changed(_Part):
             stack.enter_context(one.during(lm, sum(read, []), subjects))
             if self.unedited is None:
                 self.unedited = measure.perplexity(lm, self.texts) if on_passes else float("nan")
-            made = self.setting.edits(asked)
+            made = self.setting.edits(asked) if on_passes else self.plain_edits(asked)
             inside = measure.edit_metrics(lm, [request.alone for request in asked], edits=made)
         rows = self.described(self.name, "passes" if on_passes else "request", requests, made)
         for row, (_, said) in zip(rows, inside.iterrows(), strict=True):
@@ -267,29 +276,6 @@ def with_keys(lm: LanguageModel, edit: Edit, below: Float[Tensor, " d_mlp"], abo
     numbers = {"numerator": numerator, "denominator": denominator, "signed_denominator": float(divisor)}
     numbers |= {"update_norm": numerator / denominator, "value_now": value.to(info["value_now"].dtype)}
     return replace(edit, deltas={name: delta}, info={**info, **numbers})
-
-
-@verb
-@torch.no_grad()
-def later_keys(
-    lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str]
-) -> Float[Tensor, "request d_mlp"]:
-    """The mean key of each subject's last token behind the prefixes, with the very tokens that its plain prompt has.
-
-    Behind a space many tokenizers write a word with another token; here only what stands before it is another. The
-    empty prefix is left out, and a BOS is not repeated. On CPU.
-    """
-    special = set(lm.tokenizer.all_special_ids)
-    prefixes = [template.split("{}")[0].rstrip() for template in context_templates if template != "{}"]
-    before, means = tokenize(lm, prefixes), []
-    rows, indices = find_subjects(lm, [r.prompt for r in requests], [r.subject for r in requests])
-    for row, index in zip(rows, indices, strict=True):
-        own = [token for token in row[: index + 1] if token not in special]
-        batch = pad(lm, [prefix + own for prefix in before])
-        of_row, _ = projection_pass(lm, batch, layer)
-        at = torch.arange(len(before), device=lm.device), batch.lengths - 1
-        means.append(widened(of_row[at]).mean(0).cpu())
-    return torch.stack(means)
 
 
 @verb
