@@ -25,7 +25,7 @@ from nbkit.models.interventions import (
     subject_alone,
 )
 from nbkit.models.prompts import encode, find_subjects, subject_spans, tokenize
-from nbkit.records.medians import median_interval
+from nbkit.records.decided import all_of, below, median_interval, unless
 from nbkit.records.results import Store
 from nbkit.studies.interventions import C_ROME, KEYS, ROME
 from nbkit.studies.method_study import MethodStudy
@@ -289,6 +289,13 @@ def test_medians_come_with_an_exact_interval():
     assert np.isnan(median_interval([1.0, 2.0])[1])
     with pytest.raises(ValueError, match="1 are NaN"):
         median_interval([1.0, np.nan])
+
+
+def test_an_interval_that_holds_the_bound_decides_nothing():
+    ends = [(0.0, 0.39), (0.61, 1.0), (0.3, 0.9), (np.nan, np.nan)]
+    decided = [below(*interval, 0.5) for interval in ends]
+    assert decided == [True, False, None, None] and [unless(each) for each in decided] == [False, True, None, None]
+    assert all_of(True, True) is True and all_of(True, None) is None and all_of(None, False) is False
 
 
 def test_the_figure_has_a_row_each_and_shows_what_is_infinite():

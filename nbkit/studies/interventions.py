@@ -96,9 +96,8 @@ def hard_and_normal(
         check_number(name, number, whole=True, least=1)
     requests = as_requests(requests)
     found: dict[str, list[EditRequest]] = {"collapse": [], "normal": []}
-    size = max(n_hard, n_normal)
-    for start in range(0, len(requests), size):
-        some = requests[start : start + size]
+    for start in range(0, len(requests), n_hard):
+        some = requests[start : start + n_hard]
         rows = single_edits(lm, some, texts, store=store, **arguments)
         for request, outcome in zip(some, outcomes(rows, ratio), strict=True):
             found[outcome].append(request)
