@@ -290,8 +290,9 @@ def first_tokens_by_layer(
     In each of these places the token is taken for the subject's last: k_u is its key in the prompt, k̄ the mean over the
     context templates, u along k̄ (so without C). The model is not changed.
 
-    Columns: those of `request_columns`, layer, place ("subject", "first token", "behind a sentence"),
-    signed_denominator k_u·u, similarity (the cosine of k_u and k̄).
+    Columns: those of `request_columns`, layer, place ("subject", "first token", "behind a sentence"), token (the text
+    taken for the subject: the keys of first tokens that are the same are the same too), signed_denominator k_u·u,
+    similarity (the cosine of k_u and k̄).
     """
     requests = as_requests(requests)
     places = {"subject": Intervention("as it is"), "first token": at_first_token(),
@@ -305,8 +306,9 @@ def first_tokens_by_layer(
                 every = keys(lm, asked, layer, templates, progress=False).double()
                 plain, mean = every[:, 0], every.mean(1)
                 along = (plain * mean).sum(-1) / mean.norm(dim=-1)
-                for request, divisor, norm in zip(requests, along.tolist(), plain.norm(dim=-1).tolist(), strict=True):
-                    about = {**request_columns(lm, request), "layer": layer, "place": place}
+                numbers = zip(along.tolist(), plain.norm(dim=-1).tolist(), strict=True)
+                for request, taken, (divisor, norm) in zip(requests, asked, numbers, strict=True):
+                    about = {**request_columns(lm, request), "layer": layer, "place": place, "token": taken.subject}
                     rows.append({**about, "signed_denominator": divisor, "similarity": divisor / norm})
                 shown.update(1)
     return pd.DataFrame(rows)
