@@ -21,6 +21,8 @@ class Architecture:
     `block_gives_tuple`: a block returns a tuple, whose first item is the residual stream, not the tensor itself.
     `float64`: False where transformers' attention makes NaN of a float64 model's padding (its softmax is in float32,
     where the mask's most negative float64 number is -inf).
+    `learned_positions`: a token's place is embedded and added to the token, as a table that was learned; otherwise
+    attention alone sees how far tokens are from each other (rotary).
     `side`: of an encoder-decoder, which is read for its keys and never edited; None for a decoder by itself.
     """
 
@@ -32,6 +34,7 @@ class Architecture:
     adds_bos: bool = False
     block_gives_tuple: bool = False
     float64: bool = True
+    learned_positions: bool = False
     side: Side | None = None
 
     @property
@@ -51,7 +54,9 @@ def _llama_like(prefix: str = "model", **habits: bool) -> Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture("transformer.h.{layer}", "mlp.c_proj", "attn", "transformer.ln_f", transposed=True),
+    "gpt2": Architecture(
+        "transformer.h.{layer}", "mlp.c_proj", "attn", "transformer.ln_f", transposed=True, learned_positions=True
+    ),
     "gptj": Architecture("transformer.h.{layer}", "mlp.fc_out", "attn", "transformer.ln_f", block_gives_tuple=True),
     "gpt_neox": Architecture("gpt_neox.layers.{layer}", "mlp.dense_4h_to_h", "attention", "gpt_neox.final_layer_norm"),
     "llama": _llama_like(adds_bos=True),
@@ -63,7 +68,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": _llama_like("model.language_model", adds_bos=True),  # the image-and-text checkpoints
     "phi": Architecture("model.layers.{layer}", "mlp.fc2", "self_attn", "model.final_layernorm"),
     "opt": Architecture(
-        "model.decoder.layers.{layer}", "fc2", "self_attn", "model.decoder.final_layer_norm", adds_bos=True
+        "model.decoder.layers.{layer}", "fc2", "self_attn", "model.decoder.final_layer_norm", adds_bos=True,
+        learned_positions=True,
     ),
 }
 

@@ -127,6 +127,29 @@ def keys_in_contexts(
     yield from by_cost(until_key, size, compute, f"{lm.title}: keys", "request", progress)
 
 
+@verb
+@torch.no_grad()
+def later_keys(
+    lm: LanguageModel, requests: Sequence[EditRequest], layer: int, context_templates: Sequence[str]
+) -> Float[Tensor, "request d_mlp"]:
+    """The mean key of each subject's last token behind the prefixes, with the very tokens that its plain prompt has.
+
+    Behind a space many tokenizers write a word with another token; here only what stands before it is another. The
+    empty prefix is left out, and a BOS is not repeated. On CPU.
+    """
+    special = set(lm.tokenizer.all_special_ids)
+    prefixes = [template.split("{}")[0].rstrip() for template in context_templates if template != "{}"]
+    before, means = tokenize(lm, prefixes), []
+    rows, indices = find_subjects(lm, [r.prompt for r in requests], [r.subject for r in requests])
+    for row, index in zip(rows, indices, strict=True):
+        own = [token for token in row[: index + 1] if token not in special]
+        batch = pad(lm, [prefix + own for prefix in before])
+        of_row, _ = projection_pass(lm, batch, layer)
+        at = torch.arange(len(before), device=lm.device), batch.lengths - 1
+        means.append(widened(of_row[at]).mean(0).cpu())
+    return torch.stack(means)
+
+
 def in_contexts(request: EditRequest, templates: Sequence[str]) -> list[str]:
     """The request's prompt, still with its {}, behind each template's prefix."""
     return [template.replace("{}", request.prompt) for template in templates]

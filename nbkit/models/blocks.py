@@ -7,7 +7,6 @@ windows, grouped queries, rotary positions or soft caps is what its own code doe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ class Part:
         """One block. Its attention tells `update`, as transformers' cache, what keys and values it made, and reads
         those that it gives."""
         arguments = {name: self._argument(name, value) for name, value in self.calls.arguments[layer].items()}
-        return self.calls.block(layer, hidden, {**arguments, self.calls.cache: SimpleNamespace(update=update)})
+        return self.calls.block(layer, hidden, arguments, update)
 
     def _seen(self, layer: int, *made: Tensor) -> KeyValue:
         return self.past.followed_by(layer, made) if self.past else made

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from nbkit.models.prompts import pad
 from nbkit.models.rows import Batch
 
 CACHES = ("past_key_values", "layer_past")  # what blocks call the argument that holds earlier keys and values
+
+
+class Handed(SimpleNamespace):
+    """What a block that is called by itself is given in place of transformers' cache: its `update`, if attention runs.
+
+    A hook knows by it that the masks among the block's arguments were made earlier, in a pass through the whole model,
+    and changed then if they are to be changed (models/interventions.py).
+    """
 
 
 class Calls:
@@ -33,15 +42,26 @@ class Calls:
         self.cache = next(name for name in CACHES if name in self.arguments[0])
 
     def _note(self, block: nn.Module, *args, **kwargs) -> Tensor:
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        named = {**bound, **bound.get("kwargs", {})}
+        named = arguments_of(block, args, kwargs)
         self.arguments.append({k: v for k, v in named.items() if k not in ("self", "kwargs", "hidden_states")})
         return named["hidden_states"]
 
-    def block(self, layer: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """The residual stream after one block. arguments: this layer's, cut to the columns that `hidden` is of."""
-        output = self.lm.block(layer)(hidden, **arguments)
+    def block(
+        self, layer: int, hidden: Tensor, arguments: Mapping[str, Any], update: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """The residual stream after one block.
+
+        arguments: this layer's, cut to the columns that `hidden` is of. update: is told, as transformers' cache, what
+        keys and values its attention made, and gives those that it reads; None where attention does not run.
+        """
+        output = self.lm.block(layer)(hidden, **{**arguments, self.cache: Handed(update=update)})
         return output[0] if isinstance(output, tuple) else output
+
+
+def arguments_of(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block is called with, by the names that its own code has for it."""
+    bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
 
 
 def to_logits(lm: LanguageModel, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:

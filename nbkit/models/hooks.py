@@ -107,6 +107,11 @@ def replace(
     return _Hook(module, _changing(fn, where, shape), where)
 
 
+def before(module: nn.Module, fn: Callable[[nn.Module, tuple, dict], tuple[tuple, dict]]) -> Guarded:
+    """The pass goes on with `fn(module, inputs, named)` as the module's arguments, those by place and those by name."""
+    return _Hook(module, fn, "input")
+
+
 def after(module: nn.Module, fn: Callable[[nn.Module, tuple, Any], Any]) -> Guarded:
     """The pass goes on with `fn(module, inputs, output)` as the module's output."""
     return _Hook(module, fn, "output")

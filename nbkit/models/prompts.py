@@ -78,6 +78,14 @@ def find_subjects(
 
     The subject is looked for where the `{}` was, so another mention of it in the prompt does not matter.
     """
+    rows, spans = subject_spans(lm, prompts, subjects)
+    return rows, [last for _, last in spans]
+
+
+def subject_spans(
+    lm: LanguageModel, prompts: Sequence[str], subjects: Sequence[str]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """As `find_subjects`, with the index of the first token that overlaps the subject before that of the last."""
     texts, spans = [], []
     for prompt, subject in zip(prompts, subjects, strict=True):
         if prompt.count("{}") != 1:
@@ -89,7 +97,8 @@ def find_subjects(
     indices = []
     for text, row, offsets, span in zip(texts, encoding.input_ids, encoding.offset_mapping, spans, strict=True):
         check_length(lm, row, text)
-        indices.append(_overlapping(offsets, span, text)[-1])
+        tokens = _overlapping(offsets, span, text)
+        indices.append((tokens[0], tokens[-1]))
     return encoding.input_ids, indices
 
 

@@ -10,6 +10,7 @@ No torch is imported here: figures can be drawn from stored rows anywhere.
 
 from nbkit.plots.captions import sources
 from nbkit.plots.damage import areas_by_method, damage_calibration, guard_outcomes
+from nbkit.plots.interventions import intervention_strips
 from nbkit.plots.key_distributions import (
     embedding_scatter,
     key_among_others,
