@@ -16,9 +16,10 @@ import torch
 from nbkit.edits.door import verb
 from nbkit.keys.extract import keys_in_contexts
 from nbkit.methods.rome import update_direction
+from nbkit.methods.values import initial_value
 from nbkit.methods.verbs import SecondMomentLike, settings_for
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import request_columns
+from nbkit.models.prompts import request_columns, with_plain
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
@@ -49,9 +50,10 @@ def collapse_risk(
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), len(MEASURED), dtype=torch.float64)
-    for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
-        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters)
-        value_init = of_batch.values[:, 0]
+    templates, n_templates = with_plain(settings.context_templates), len(settings.context_templates)
+    for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
+        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters, n_templates)
+        value_init = initial_value(of_batch.values, parameters, n_templates)
         divisor = (key.double() * u).sum(-1)
         norm = value_init.double().norm(dim=-1)
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)
