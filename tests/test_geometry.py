@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nbkit.errors import RequestError
 from nbkit.keys import geometry
 from nbkit.keys.extract import keys, token_keys
 
@@ -87,6 +88,25 @@ def test_mistakes_are_named():
         geometry.embed({"k": np.eye(4)}, ["a"] * 4, method="UMAP")
     with pytest.raises(ValueError, match="3 groups do not fit 4"):
         geometry.embed({"k": np.eye(4)}, ["a"] * 3)
+
+
+def test_likeness_holds_no_key_to_itself(tiny, requests):
+    frame = geometry.likeness_by_layer(tiny, requests, [True, False, True], [1], TEMPLATES)
+    found = keys(tiny, requests, 1, TEMPLATES)
+    unit = found[:, 0] / found[:, 0].norm(dim=-1, keepdim=True)
+    centres = [unit[2], unit[0] + unit[2], unit[0]]
+    first = torch.stack([of_text[0] for of_text in token_keys(tiny, [r.text for r in requests], 1)])
+    expected = {"plain": found[:, 0], "prefixed": found[:, 1:].mean(1), "first token": first}
+    assert frame["vector"].tolist() == [name for name in expected for _ in requests]
+    for name, vectors in expected.items():
+        cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(vectors, centres, strict=True)]
+        np.testing.assert_allclose(frame.loc[frame["vector"] == name, "similarity"], cosines, rtol=1e-9)
+    assert frame["chosen"].tolist() == [True, False, True] * 3
+    alone = geometry.likeness_by_layer(tiny, requests, [True, False, False], [1], TEMPLATES)
+    assert alone.groupby("chosen")["similarity"].agg(lambda values: values.isna().all()).to_dict() == {
+        False: False, True: True}  # fmt: skip
+    with pytest.raises(RequestError, match="no request is chosen"):
+        geometry.likeness_by_layer(tiny, requests, [False] * 3, [1], TEMPLATES)
 
 
 def test_similarity_by_position(tiny):

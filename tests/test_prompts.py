@@ -254,7 +254,7 @@ def test_templates_without_the_plain_prompt_where_they_are_allowed():
     assert check_templates(["The. {}", "I. {}"], plain=False) == ["The. {}", "I. {}"]
     assert check_templates(["{}", "I. {}"], plain=False) == ["{}", "I. {}"]
     for templates in ([], ["The. {}", "{}"], ["The."]):
-        with pytest.raises(PromptError, match="{}"):
+        with pytest.raises(PromptError, match="context.template"):
             check_templates(templates, plain=False)
 
 

@@ -12,11 +12,11 @@ templates (the empty one is among them, as published, unless others are given). 
 | "prefixed" | k̄              | k̄          | C-ROME, R-ROME: with C, k·u cannot vanish                       |
 | "plain"    | k_u            | k_u        | p-ROME                                                          |
 
-The search for v* = v_init + δ adds δ to the value behind every template. What it starts from is `target_init`: the value
-at the plain prompt ("unprefixed", as published, in every key mode), or the mean over the templates ("prefixed_mean"),
-with which C-ROME's residual is δ itself. From its norm follow the bound of δ and the weight decay, too. Templates without
-"{}" leave the plain prompt out of k̄, out of that mean and out of the loss; k_u and the unprefixed v_init are its own
-all the same, and "{subject} is a" has no prefix ever.
+The search for v* = v_init + δ adds δ to the value behind every template. What it starts from is `target_init`: the
+value at the plain prompt ("unprefixed", as published, in every key mode), or the mean over the templates
+("prefixed_mean"), with which C-ROME's residual is δ itself. From its norm follow the bound of δ and the weight decay,
+too. Templates without "{}" leave the plain prompt out of k̄, out of that mean and out of the loss; k_u and the
+unprefixed v_init are its own all the same, and "{subject} is a" has no prefix ever.
 
 Without a second moment C is the identity, as in the released settings of the collapse papers. A ridge is no part of the
 published method: it makes C⁻¹ k' hang less on the text that C is of, where C has directions that next to no key is in.

@@ -180,7 +180,7 @@ def optimise_values(
 def initial_value(
     states: Float[Tensor, "edit template d_model"], parameters: ValueParameters, n_templates: int
 ) -> Float[Tensor, "edit d_model"]:
-    """What v* starts from: the plain prompt's state, the first, or the mean over the last `n_templates`, those given."""
+    """What v* starts from: the plain prompt's state, the first, or the mean over the last `n_templates`."""
     return (states[:, 0] if parameters.target_init == "unprefixed" else states[:, -n_templates:].mean(1)).clone()
 
 
