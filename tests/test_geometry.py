@@ -19,6 +19,7 @@ def test_similarity_and_norm_of_every_key(tiny, requests):
     expected = torch.cosine_similarity(found, found[:, :1], dim=-1).flatten()
     np.testing.assert_allclose(frame["similarity"], expected, rtol=1e-9)
     assert frame["case_id"].tolist() == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
+    assert frame["request"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_key_vectors(tiny, requests):

@@ -49,14 +49,14 @@ def key_geometry(
 ) -> pd.DataFrame:
     """Similarity and norm of every request's key behind every template; None samples the templates with seed 0.
 
-    Columns: case_id (as text), subject, subject_kind, layer, template (its number), prefix ("plain" for template 0,
-    else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
+    Columns: request (its place), case_id (as text), subject, subject_kind, layer, template (its number), prefix
+    ("plain" for template 0, else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
     """
     every_key = _all_keys(lm, requests, layer, context_templates)
     similarities, norms = _cosine(every_key, every_key[:, :1]), np.linalg.norm(every_key, axis=-1)
     rows = []
-    for request, similarity, norm in zip(requests, similarities, norms, strict=True):
-        about = {**request_columns(lm, request), "layer": layer}
+    for place, (request, similarity, norm) in enumerate(zip(requests, similarities, norms, strict=True)):
+        about = {"request": place, **request_columns(lm, request), "layer": layer}
         for i in range(len(norm)):
             prefix = "prefixed" if i else "plain"
             rows.append({**about, "template": i, "prefix": prefix, "similarity": similarity[i], "norm": norm[i]})
