@@ -54,4 +54,4 @@ def in_words(row: Mapping) -> str:
     """ "88 % [53, 98] of 8": a row of `effects`."""
     if not row["n"]:
         return "none"
-    return f"{100 * row['value']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['n']}"
+    return f"{100 * row['value']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {int(row['n'])}"

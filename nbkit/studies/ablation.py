@@ -107,5 +107,5 @@ def rome_ablation(
         return list(rows.items())
 
     return study.complete_together(
-        [digest(request) for request in requests], compute, EDITS_AT_ONCE, setting.task("variants"), "request"
+        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{lm.title}: variants of rome", "request"
     )
