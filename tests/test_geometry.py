@@ -116,5 +116,6 @@ def test_similarity_by_position(tiny):
     first, second, third = token_keys(tiny, texts, 2)
     of_layer = frame[frame["layer"] == 2]
     assert of_layer["position"].tolist() == [0, 1, 2, 3, *range(min(4, len(third)))]
+    assert of_layer["pair"].tolist() == [0] * 4 + [1] * min(4, len(third))
     expected = torch.cosine_similarity(first[:4], second[:4], dim=-1)
     np.testing.assert_allclose(of_layer["similarity"][:4], expected, rtol=1e-9)

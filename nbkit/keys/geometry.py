@@ -203,14 +203,14 @@ def position_similarity(
 ) -> pd.DataFrame:
     """How alike the keys of different texts are at the same token position: 1 at position 0 whatever the token is.
 
-    One row per layer, position (BOS included) and pair of neighbouring texts that both reach that far: layer, position,
-    similarity (cosine).
+    One row per layer, position (BOS included) and pair of neighbouring texts that both reach that far: layer, pair (the
+    number of its first text), position, similarity (cosine).
     """
     rows = []
     for layer in layers:
         by_text = [k[:n_positions].double().cpu().numpy() for k in token_keys(lm, texts, layer)]
-        for one, other in zip(by_text, by_text[1:], strict=False):
-            shared = min(len(one), len(other))
+        for pair, (one, other) in enumerate(zip(by_text, by_text[1:], strict=False)):
+            shared, about = min(len(one), len(other)), {"layer": layer, "pair": pair}
             similarities = _cosine(one[:shared], other[:shared])
-            rows += [{"layer": layer, "position": p, "similarity": s} for p, s in enumerate(similarities)]
+            rows += [{**about, "position": p, "similarity": s} for p, s in enumerate(similarities)]
     return pd.DataFrame(rows)

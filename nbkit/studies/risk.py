@@ -8,6 +8,7 @@ denominator is what *The Fall of ROME* (Yang et al.) found behind the collapse.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,18 +36,20 @@ def collapse_risk(
     context_templates: Sequence[str] | None = None,
     second_moment: SecondMomentLike = None,
     progress: bool = True,
+    **hparams: Any,
 ) -> pd.DataFrame:
     """What ROME's update of every request will be divided by, and how large that update can be at most.
 
-    layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`; they must be those of
-    the edits that the risk is about. The model is not changed.
+    layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`, hparams too (such as
+    second_moment_ridge); they must be those of the edits that the risk is about. The model is not changed.
 
     Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator |k·u| and signed_denominator k·u
     (those of `edit.info`), value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
     ‖value_init‖ + ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
     requests = as_requests(requests)
-    settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
+    given = {"layer": layer, "key_mode": key_mode, **hparams}
+    settings = settings_for(lm, "rome", context_templates, second_moment, given)
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), len(MEASURED), dtype=torch.float64)
