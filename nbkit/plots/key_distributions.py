@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MultipleLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from nbkit.plots.style import (
     BLACK,
@@ -20,6 +20,9 @@ from nbkit.plots.style import (
     percent_axis,
 )
 from nbkit.records.medians import median_interval
+
+VECTORS = {"$k_u$": "o", r"$\bar{k}$": "^", r"$C^{-1}\bar{k}$": "s"}  # the same in every map
+MARKERS = "o^sDvP*"
 
 
 def similarity_histogram(
@@ -94,7 +97,8 @@ def norm_histogram(
     if high - low < 2:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high - low < 1 else (1, 3)))
         ax.xaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
-    percent_axis(ax.yaxis)
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set(xlabel="Norm of a subject’s key", ylabel="Share of keys")
     return legend_above(ax, handles)
 
@@ -110,9 +114,11 @@ def embedding_scatter(
     """
     columns(frame, "x", "y", group, vector)
     styles, kinds = group_styles(frame[group]), list(dict.fromkeys(frame[vector]))
-    markers = dict(zip(kinds, "o^sDvP*", strict=False))
-    if len(markers) < len(kinds):
-        raise ValueError(f"at most 7 kinds of vectors can be told apart, the frame has {len(kinds)}")
+    if len(kinds) > len(MARKERS):
+        raise ValueError(f"at most {len(MARKERS)} kinds of vectors can be told apart, the frame has {len(kinds)}")
+    markers = {kind: VECTORS[kind] for kind in kinds if kind in VECTORS}
+    spare = iter([marker for marker in MARKERS if marker not in markers.values()])
+    markers |= {kind: next(spare) for kind in kinds if kind not in markers}
     for name, (colour, _) in styles.items():
         for kind in kinds:
             points = frame[(frame[group] == name) & (frame[vector] == kind)]
