@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nbkit.errors import RequestError
 from nbkit.keys import geometry
 from nbkit.keys.extract import keys, token_keys
 
@@ -18,6 +19,7 @@ def test_similarity_and_norm_of_every_key(tiny, requests):
     expected = torch.cosine_similarity(found, found[:, :1], dim=-1).flatten()
     np.testing.assert_allclose(frame["similarity"], expected, rtol=1e-9)
     assert frame["case_id"].tolist() == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
+    assert frame["request"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_key_vectors(tiny, requests):
@@ -89,11 +91,31 @@ def test_mistakes_are_named():
         geometry.embed({"k": np.eye(4)}, ["a"] * 3)
 
 
+def test_likeness_holds_no_key_to_itself(tiny, requests):
+    frame = geometry.likeness_by_layer(tiny, requests, [True, False, True], [1], TEMPLATES)
+    found = keys(tiny, requests, 1, TEMPLATES)
+    unit = found[:, 0] / found[:, 0].norm(dim=-1, keepdim=True)
+    centres = [unit[2], unit[0] + unit[2], unit[0]]
+    first = torch.stack([of_text[0] for of_text in token_keys(tiny, [r.text for r in requests], 1)])
+    expected = {"plain": found[:, 0], "prefixed": found[:, 1:].mean(1), "first token": first}
+    assert frame["vector"].tolist() == [name for name in expected for _ in requests]
+    for name, vectors in expected.items():
+        cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(vectors, centres, strict=True)]
+        np.testing.assert_allclose(frame.loc[frame["vector"] == name, "similarity"], cosines, rtol=1e-9)
+    assert frame["chosen"].tolist() == [True, False, True] * 3
+    alone = geometry.likeness_by_layer(tiny, requests, [True, False, False], [1], TEMPLATES)
+    assert alone.groupby("chosen")["similarity"].agg(lambda values: values.isna().all()).to_dict() == {
+        False: False, True: True}  # fmt: skip
+    with pytest.raises(RequestError, match="no request is chosen"):
+        geometry.likeness_by_layer(tiny, requests, [False] * 3, [1], TEMPLATES)
+
+
 def test_similarity_by_position(tiny):
     texts = ["Vouda is located in Krela.", "Ann plays the harp.", "I."]
     frame = geometry.position_similarity(tiny, texts, [0, 2], n_positions=4)
     first, second, third = token_keys(tiny, texts, 2)
     of_layer = frame[frame["layer"] == 2]
     assert of_layer["position"].tolist() == [0, 1, 2, 3, *range(min(4, len(third)))]
+    assert of_layer["pair"].tolist() == [0] * 4 + [1] * min(4, len(third))
     expected = torch.cosine_similarity(first[:4], second[:4], dim=-1)
     np.testing.assert_allclose(of_layer["similarity"][:4], expected, rtol=1e-9)

@@ -171,6 +171,16 @@ def test_the_prefix_goes_before_the_rewrite_prompt_only(tiny, full_request):
     assert behind["paraphrase"] == plain["paraphrase"] and behind["neighborhood"] == plain["neighborhood"]
 
 
+def test_the_prefix_goes_before_paraphrases_where_that_is_asked_for(tiny, full_request):
+    prefix = "The river runs. {}"
+    (found,) = edit_metrics(tiny, [full_request], prefix=prefix, prefix_paraphrases=True).to_dict("records")
+    there = replace(full_request, paraphrase_prompts=[prefix.format(p) for p in full_request.paraphrase_prompts])
+    (expected,) = edit_metrics(tiny, [there], prefix=prefix).to_dict("records")
+    assert found == pytest.approx(expected, nan_ok=True)
+    (plain,) = edit_metrics(tiny, [full_request], prefix=prefix).to_dict("records")
+    assert found["paraphrase_magnitude"] != plain["paraphrase_magnitude"]
+
+
 def test_what_a_request_does_not_have_is_nan(tiny):
     rows = edit_metrics(tiny, [EditRequest("{} plays the", "Ann", "drum")])
     assert rows[["efficacy", "paraphrase", "neighborhood", "locality"]].isna().all(axis=None)

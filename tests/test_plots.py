@@ -113,8 +113,21 @@ def keys_frame():
     for group, plain, similarity in zip(KINDS, (60, 30, 11), (0.1, 0.5, 0.9), strict=True):
         for prefix, norm in [("plain", plain), ("prefixed", 12)]:
             part = {"norm": norm * np.exp(RANDOM.normal(0, 0.1, 40)), "similarity": RANDOM.normal(similarity, 0.05, 40)}
-            parts.append(pd.DataFrame({**part, "group": group, "prefix": prefix}))
+            requests = [f"{group} {number // 4}" for number in range(40)]
+            parts.append(pd.DataFrame({**part, "request": requests, "group": group, "prefix": prefix}))
     return pd.concat(parts)
+
+
+def moves_frame():
+    frame = embedding_frame()
+    frame["request"] += 5 * (frame["group"] == "collapse")
+    return frame[frame["vector"].isin(["$k_u$", r"$\bar{k}$"])]
+
+
+def settings_frame():
+    rows = list(itertools.product(["as published", "with C", "prefixed keys (C-ROME)"], ["hard", "others"]))
+    frame = pd.DataFrame(rows, columns=["setting", "group"]).assign(n=8, value=[0.75, 0, 0.4, 0, 0.1, 0.2])
+    return frame.assign(low=frame["value"] * 0.6, high=0.3 + frame["value"] * 0.7)
 
 
 def embedding_frame():
@@ -311,6 +324,8 @@ FIGURES = {
     "similarity_histogram": (lambda ax: plots.similarity_histogram(keys_frame(), ax), 2.4, {}),
     "norm_histogram": (lambda ax: plots.norm_histogram(keys_frame(), ax), 2.6, {}),
     "embedding_scatter": (lambda ax: plots.embedding_scatter(embedding_frame(), ax), 3.0, {}),
+    "key_moves": (lambda ax: plots.key_moves(moves_frame(), ax), 3.0, {}),
+    "setting_shares": (lambda ax: plots.setting_shares(settings_frame(), ax), 2.0, {}),
     "similarity_curves": (lambda ax: plots.similarity_curves(curve_frame(), ax), 2.4, {}),
     "similarity_by_architecture": (architectures_panels, 2.6, {"ncols": 3}),
     "loss_curve": (lambda ax: plots.loss_curve(LOSS, ax), 2.4, {}),
@@ -667,13 +682,16 @@ def test_histograms_hold_every_key(ax):
     frame = keys_frame()
     frame.loc[frame.index[0], "similarity"] = 1.0000001  # rounding
     plots.norm_histogram(frame, ax)
-    assert labels_of(ax) == [*KINDS, "plain (n = 120)", "prefixed (n = 120)"]
+    assert labels_of(ax) == [*(f"{kind} (10 requests)" for kind in KINDS), "plain (120 keys)", "prefixed (120 keys)"]
     heights = [np.ptp(patch.get_path().vertices[:, 1]) for patch in ax.patches]
     assert len(ax.patches) == 6 and max(heights) <= 1
     ax.clear()
     plots.similarity_histogram(frame, ax)
     assert ax.get_xlim() == (-1 if (frame["similarity"] < -1 / 40).any() else 0, 1)
-    assert labels_of(ax) == [f"{kind} (n = 80)" for kind in KINDS]
+    assert labels_of(ax)[:-1] == [f"{kind} (10 requests, 80 pairs)" for kind in KINDS]
+    middles = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+    of_requests = frame.groupby(["group", "request"], sort=False)["similarity"].median()
+    np.testing.assert_allclose(middles, of_requests.groupby("group", sort=False).median())
     with pytest.raises(ValueError, match="'plain' and 'prefixed'"):
         plots.norm_histogram(frame.assign(prefix="both"), ax)
 
@@ -682,6 +700,28 @@ def test_embedding_shows_colour_by_group_and_marker_by_kind(ax):
     plots.embedding_scatter(embedding_frame(), ax, method="PCA")
     assert len(ax.lines) == 6 and all(len(line.get_xdata()) == 5 for line in ax.lines)
     assert len({line.get_marker() for line in ax.lines}) == 3 and ax.get_xlabel() == "PCA 1"
+
+
+def test_moves_join_the_two_keys_of_each_request(ax):
+    frame = moves_frame()
+    plots.key_moves(frame, ax)
+    drawn = {tuple(map(tuple, segment)) for lines in ax.collections for segment in lines.get_segments()}
+    expected = {tuple(map(tuple, rows[["x", "y"]].to_numpy())) for _, rows in frame.groupby("request")}
+    assert drawn == expected and len(expected) == 10
+    with pytest.raises(ValueError, match="the frame has 3"):
+        plots.key_moves(embedding_frame(), ax)
+
+
+def test_settings_have_a_row_each_and_the_first_one_a_line_through_all(ax):
+    frame = settings_frame()
+    plots.setting_shares(frame, ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(frame["setting"].unique())
+    assert labels_of(ax) == ["hard (n = 8)", "others (n = 8)", "as in as published"]
+    points = [line for line in ax.lines if len(line.get_xdata()) == 3]
+    assert sorted(np.concatenate([line.get_xdata() for line in points])) == sorted(frame["value"])
+    ends = sorted((round(a[0], 6), round(b[0], 6)) for c in ax.collections for a, b in c.get_segments())
+    assert ends == sorted(zip(frame["low"].round(6), frame["high"].round(6), strict=True))
+    assert {line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"} == {0.75, 0}
 
 
 def test_loss_parts_add_up_and_a_loss_that_became_nan_is_drawn(ax):

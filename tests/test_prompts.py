@@ -250,6 +250,14 @@ def test_bad_context_templates_are_refused(templates):
         check_templates(templates)
 
 
+def test_templates_without_the_plain_prompt_where_they_are_allowed():
+    assert check_templates(["The. {}", "I. {}"], plain=False) == ["The. {}", "I. {}"]
+    assert check_templates(["{}", "I. {}"], plain=False) == ["{}", "I. {}"]
+    for templates in ([], ["The. {}", "{}"], ["The."]):
+        with pytest.raises(PromptError, match="context.template"):
+            check_templates(templates, plain=False)
+
+
 def test_named_adds_the_request():
     with pytest.raises(PromptError, match=r"request 9 \(subject 'Ann'\): too long"):
         with named(EditRequest("{} is", "Ann", "x", case_id=9)):

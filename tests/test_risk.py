@@ -26,6 +26,18 @@ def test_denominators_are_those_of_the_edits_and_the_bound_holds(lm, requests, c
     assert (frame["update_norm_bound"] > 0).all()
 
 
+@pytest.mark.parametrize("key_mode", ["mixed", "prefixed", "plain"])
+def test_it_is_of_the_edits_with_all_their_hyper_parameters(tiny, requests, contexts, key_mode):
+    noise = torch.randn(tiny.d_mlp, 99, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shared = {"layer": 1, "key_mode": key_mode, "context_templates": contexts[1:], "second_moment": noise @ noise.T,
+              "second_moment_ridge": 0.5, "target_init": "prefixed_mean", "clamp_norm_factor": 0.5}  # fmt: skip
+    made = edit(tiny, requests, progress=False, v_num_grad_steps=5, v_lr=5.0, **shared)
+    for row, found in zip(collapse_risk(tiny, requests, **shared).itertuples(), made, strict=True):
+        assert row.signed_denominator == pytest.approx(found.info["signed_denominator"], rel=1e-9)
+        assert row.value_norm == pytest.approx(float(found.info["value_init"].norm()), rel=1e-9)
+        assert found.info["update_norm"] <= row.update_norm_bound * (1 + 1e-9)
+
+
 def test_it_takes_the_models_own_layer_and_seeded_templates(tiny, requests, monkeypatch):
     monkeypatch.setattr("nbkit.methods.hparams._defaults", lambda lm, method: {**DEFAULTS, "layer": 2})
     assert set(collapse_risk(tiny, requests)["layer"]) == {2}
@@ -40,5 +52,6 @@ def test_wrong_settings_are_refused(tiny, requests):
         collapse_risk(tiny, requests, layer=1, key_mode="none")
 
 
-DEFAULTS = {"key_mode": "mixed", "v_lr": 0.5, "v_num_grad_steps": 20, "v_weight_decay": 0.5, "clamp_norm_factor": 4.0,
-            "kl_factor": 0.0625, "early_stop_loss": 0.05, "second_moment_ridge": 0.0}  # fmt: skip
+DEFAULTS = {"key_mode": "mixed", "target_init": "unprefixed", "v_lr": 0.5, "v_num_grad_steps": 20,
+            "v_weight_decay": 0.5, "clamp_norm_factor": 4.0, "kl_factor": 0.0625, "early_stop_loss": 0.05,
+            "second_moment_ridge": 0.0}  # fmt: skip

@@ -12,7 +12,9 @@ from nbkit.errors import MethodError, ModelError, PromptError, RequestError
 from nbkit.keys.extract import in_contexts, keys_and_values
 from nbkit.keys.solving import SecondMoments
 from nbkit.methods.hparams import hyper_parameters
-from nbkit.methods.verbs import edit, edit_sequence
+from nbkit.methods.rome import rome_variants
+from nbkit.methods.table import METHODS
+from nbkit.methods.verbs import edit, edit_sequence, settings_for
 from nbkit.models.loading import load
 from nbkit.models.prompts import context_templates
 from nbkit.plain import rome as plain_rome
@@ -64,6 +66,48 @@ def test_it_equals_the_plain_formula(lm, requests, contexts, tolerance, key_mode
         assert found.info[name] == pytest.approx(expected[name], rel=tolerance)
     assert np.allclose(found.info["losses"], expected["losses"], rtol=tolerance, atol=tolerance)
     assert relative_error(found.info["u"], expected["u"]) < tolerance
+
+
+@pytest.mark.parametrize("with_plain", [True, False], ids=["the plain prompt too", "prefixes alone"])
+@pytest.mark.parametrize("target_init", ["unprefixed", "prefixed_mean"])
+def test_what_v_star_starts_from_and_templates_without_the_plain_prompt(
+    lm, requests, contexts, tolerance, target_init, with_plain
+):
+    """Against the plain formula, in each key mode; where both are means over the templates the residual is δ itself."""
+    request, contexts = requests[2], contexts if with_plain else contexts[1:]
+    tolerance *= 100
+    for key_mode in ("mixed", "prefixed", "plain"):
+        chosen = {"key_mode": key_mode, "target_init": target_init}
+        (found,) = edit(lm, request, context_templates=contexts, **chosen, **SHORT)
+        expected = reference(lm, request, contexts, **chosen)
+        assert relative_error(found.deltas[lm.weight_name(LAYER)].dense(), expected["delta_W"]) < tolerance
+        assert relative_error(found.info["value_star"], expected["v_star"]) < tolerance
+        assert found.info["signed_denominator"] == pytest.approx(expected["signed_denominator"], rel=tolerance)
+        assert np.allclose(found.info["losses"], expected["losses"], rtol=tolerance, atol=tolerance)
+        assert (found.info["n_templates"], found.info["target_init"]) == (len(contexts), target_init)
+        starts_where_the_key_is = (key_mode == "prefixed") == (target_init == "prefixed_mean")
+        delta = found.info["value_star"] - found.info["value_init"]
+        assert starts_where_the_key_is == (found.info["numerator"] == pytest.approx(float(delta.norm()), rel=tolerance))
+
+
+def test_variants_share_a_search_and_are_what_each_gives_alone(tiny, requests, contexts):
+    C = random_second_moment(tiny.d_mlp)
+    several = [
+        settings_for(tiny, "rome", contexts[1:], given, {**SHORT, "key_mode": key_mode})
+        for key_mode in ("mixed", "prefixed", "plain")
+        for given in (None, C)
+    ]
+    made = rome_variants(tiny, requests, several[0], several)
+    name = tiny.weight_name(LAYER)
+    for place, variant in enumerate(several):
+        alone = METHODS["rome"].each(tiny, requests, variant)
+        for of_request, expected in zip(made, alone, strict=True):
+            torch.testing.assert_close(of_request[place].deltas[name].dense(), expected.deltas[name].dense())
+            assert of_request[place].info["second_moment"] == expected.info["second_moment"]
+            assert of_request[place].hparams == expected.hparams
+    other = settings_for(tiny, "rome", contexts[1:], None, {**SHORT, "v_lr": 0.2})
+    with pytest.raises(MethodError, match="share a search"):
+        rome_variants(tiny, requests, several[0], [other])
 
 
 @pytest.mark.parametrize("key_mode", ["mixed", "prefixed", "plain"])
@@ -247,7 +291,7 @@ def test_unknown_methods_and_hyper_parameters(tiny, requests, contexts):
         with pytest.raises(MethodError, match=re.escape(message)):
             verb(tiny, requests)
         with pytest.raises(PromptError, match="context_templates"):
-            verb(tiny, requests, layer=1, context_templates=["The. {}"])
+            verb(tiny, requests, layer=1, context_templates=["The. {}", "{}"])
         with pytest.raises(RequestError, match="request 1 is no EditRequest but dict"):
             verb(tiny, [requests[0], {"prompt": "{} is"}], layer=1)
 
@@ -257,6 +301,7 @@ def test_unknown_methods_and_hyper_parameters(tiny, requests, contexts):
     [
         ({"key_mode": "mixd"}, "key_mode must be one of mixed, prefixed, plain, not 'mixd'"),
         ({"key_mode": 0}, "key_mode must be one of mixed, prefixed, plain, not 0"),
+        ({"target_init": "mean"}, "target_init must be one of unprefixed, prefixed_mean, not 'mean'"),
         ({"layer": 1.5}, "layer must be a whole number, not 1.5"),
         ({"layer": True}, "layer must be a whole number, not True"),
         ({"v_lr": "0.5"}, "v_lr must be a number above 0, not '0.5'"),

@@ -119,7 +119,7 @@ def test_requests_are_asked_behind_prefixes_that_no_edit_was_computed_with(lm, s
 
     (made,) = edit(lm, REQUESTS[:1], progress=False, **FAST | {"context_templates": given})
     with applied(lm, made):
-        of_first = [edit_metrics(lm, REQUESTS[:1], prefix=prefixes[0]) for prefixes in behind]
+        of_first = [edit_metrics(lm, REQUESTS[:1], prefix=each[0], prefix_paraphrases=True) for each in behind]
     assert len({prefixes[0] for prefixes in behind}) == len(behind)
     for name in method_study.BEHIND_PREFIXES:
         expected = np.mean([one[name][0] for one in of_first])

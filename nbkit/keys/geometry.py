@@ -3,6 +3,7 @@
 frame = key_geometry(lm, requests, layer=3)              # one row a request and template
 vectors = key_vectors(lm, requests, layer=3)             # k_u, k̄ and C⁻¹k̄ of each request
 frame = embed(vectors, groups, method="t-SNE")           # their places in the plane
+frame = likeness_by_layer(lm, requests, collapses)       # how like the keys of collapsing requests others are
 split_half_agreement(lm, 3, vectors[MEAN], texts)        # how far C⁻¹k̄ hangs on which text C is of
 """
 
@@ -17,6 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from nbkit.edits.door import verb
+from nbkit.errors import RequestError
 from nbkit.keys.extract import keys, token_keys
 from nbkit.keys.moments import second_moment
 from nbkit.keys.solving import SecondMoments
@@ -47,14 +49,14 @@ def key_geometry(
 ) -> pd.DataFrame:
     """Similarity and norm of every request's key behind every template; None samples the templates with seed 0.
 
-    Columns: case_id (as text), subject, subject_kind, layer, template (its number), prefix ("plain" for template 0,
-    else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
+    Columns: request (its place), case_id (as text), subject, subject_kind, layer, template (its number), prefix
+    ("plain" for template 0, else "prefixed"), similarity (cosine to the request's plain key, 1 for itself), norm.
     """
     every_key = _all_keys(lm, requests, layer, context_templates)
     similarities, norms = _cosine(every_key, every_key[:, :1]), np.linalg.norm(every_key, axis=-1)
     rows = []
-    for request, similarity, norm in zip(requests, similarities, norms, strict=True):
-        about = {**request_columns(lm, request), "layer": layer}
+    for place, (request, similarity, norm) in enumerate(zip(requests, similarities, norms, strict=True)):
+        about = {"request": place, **request_columns(lm, request), "layer": layer}
         for i in range(len(norm)):
             prefix = "prefixed" if i else "plain"
             rows.append({**about, "template": i, "prefix": prefix, "similarity": similarity[i], "norm": norm[i]})
@@ -153,19 +155,62 @@ def embed(
 
 
 @verb
+def likeness_by_layer(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    chosen: Sequence[bool],
+    layers: Sequence[int] | None = None,
+    context_templates: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """How like the plain keys of the chosen requests (those that collapse, say) other keys are, layer by layer.
+
+    Each cosine is to the mean of the chosen requests' unprefixed keys k_u, each of unit norm; for a chosen request to
+    that of the others, so that none is held to itself (NaN where it is the only one). The first tokens of prompts are
+    Experiment 4.1 of *The Fall of ROME*, prefixed keys its Experiment 4.2.
+
+    Args:
+        chosen: one truth value a request. layers: None is all. context_templates: as in `key_geometry`.
+
+    Columns: case_id (as text), subject, subject_kind, chosen, layer, similarity, and vector: "plain" (k_u), "prefixed"
+    (the mean of the keys behind the prefixes), "first token" (of the plain prompt, a BOS not counted).
+    """
+    about = [request_columns(lm, request) | {"chosen": bool(it)} for request, it in zip(requests, chosen, strict=True)]
+    members, first = np.array(chosen, bool), int(lm.architecture.adds_bos)
+    if not members.any():
+        raise RequestError("no request is chosen, so there is no key to compare with")
+    layers, frames = range(lm.n_layers) if layers is None else layers, []
+    for layer in steps(layers, f"{lm.title}: keys by layer", "layer"):
+        every_key = _all_keys(lm, requests, layer, context_templates)
+        of_tokens = token_keys(lm, [request.text for request in requests], layer)
+        vectors = {
+            "plain": every_key[:, 0],
+            "prefixed": every_key[:, 1:].mean(1),
+            "first token": np.stack([keys[first].double().cpu().numpy() for keys in of_tokens]),
+        }
+        unit = every_key[:, 0] / np.linalg.norm(every_key[:, 0], axis=-1, keepdims=True)
+        centres = unit[members].sum(0) - np.where(members[:, None], unit, 0)
+        if members.sum() == 1:
+            centres[members] = np.nan
+        for name, vector in vectors.items():
+            similar = {"layer": layer, "vector": name, "similarity": _cosine(vector, centres)}
+            frames.append(pd.DataFrame(about).assign(**similar))
+    return pd.concat(frames, ignore_index=True)
+
+
+@verb
 def position_similarity(
     lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], n_positions: int = 12
 ) -> pd.DataFrame:
     """How alike the keys of different texts are at the same token position: 1 at position 0 whatever the token is.
 
-    One row per layer, position (BOS included) and pair of neighbouring texts that both reach that far: layer, position,
-    similarity (cosine).
+    One row per layer, position (BOS included) and pair of neighbouring texts that both reach that far: layer, pair (the
+    number of its first text), position, similarity (cosine).
     """
     rows = []
     for layer in layers:
         by_text = [k[:n_positions].double().cpu().numpy() for k in token_keys(lm, texts, layer)]
-        for one, other in zip(by_text, by_text[1:], strict=False):
-            shared = min(len(one), len(other))
+        for pair, (one, other) in enumerate(zip(by_text, by_text[1:], strict=False)):
+            shared, about = min(len(one), len(other)), {"layer": layer, "pair": pair}
             similarities = _cosine(one[:shared], other[:shared])
-            rows += [{"layer": layer, "position": p, "similarity": s} for p, s in enumerate(similarities)]
+            rows += [{**about, "position": p, "similarity": s} for p, s in enumerate(similarities)]
     return pd.DataFrame(rows)

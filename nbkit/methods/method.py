@@ -42,7 +42,7 @@ class Method:
     files: (lm, parameters) -> the files that its numbers depend on besides the model's, which name stored results too.
     takes_second_moment, needs_second_moment: whether it uses one that is given, and whether it cannot do without.
     template_lengths: of the context templates sampled where none are given, see `prompts.context_templates`; empty
-    for a method that uses none.
+    for a method that uses none. plain_template: whether the first that is given must be "{}".
     remembers: (an edit, parameters) -> what later edits of its sequence need of it besides the weights, on the CPU.
     """
 
@@ -52,6 +52,7 @@ class Method:
     takes_second_moment: bool = False
     needs_second_moment: bool = False
     template_lengths: Sequence[tuple[int, int]] = ()
+    plain_template: bool = True
     files: Callable[[LanguageModel, Any], list[Path]] = lambda lm, parameters: []
     remembers: Callable[[Edit, Any], Mapping[str, Tensor]] = lambda edit, parameters: {}
 

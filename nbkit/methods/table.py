@@ -13,7 +13,9 @@ METHODS: dict[str, Method] = {
     "ft": Method(FinetuneParameters, finetune_each, finetune_together),
     "kn": Method(KnowledgeNeuronParameters, knowledge_neurons_each),
     "mend": Method(MendParameters, mend_each, mend_together, files=mend_files),
-    "rome": Method(RomeParameters, rome, template_lengths=((5, 10), (10, 10)), takes_second_moment=True),
+    "rome": Method(
+        RomeParameters, rome, takes_second_moment=True, template_lengths=((5, 10), (10, 10)), plain_template=False
+    ),
     **{
         name: Method(
             MemitParameters, memit_each, memit_together, takes_second_moment=True, needs_second_moment=True,

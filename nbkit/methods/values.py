@@ -18,7 +18,7 @@ from nbkit.models.continuations import Continuation
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint, budget
 from nbkit.models.prefixes import Prefixes
-from nbkit.models.prompts import check_length, find_subjects, named, target_ids
+from nbkit.models.prompts import check_length, find_subjects, named, target_ids, with_plain
 from nbkit.models.replay import Passes, Site, can_replay, passes_of
 from nbkit.models.rows import EditedRows
 from nbkit.records.bounds import Bounded, bounded
@@ -38,6 +38,8 @@ class ValueParameters(Bounded):
     kl_factor: float = bounded(least=0, about="weight of the term that keeps what the subject is")
     early_stop_loss: float = bounded(about="the search stops once the total loss is below")
 
+    target_init = "unprefixed"  # what v* starts from; a hyper-parameter of ROME's alone
+
 
 @dataclass(frozen=True)
 class OptimisedValue:
@@ -56,12 +58,21 @@ class OptimisedValue:
 
 @dataclass(frozen=True)
 class ValueJob:
-    """One request as rows of tokens: its prompt with the target behind every template, then "{subject} is a"."""
+    """One request as rows of tokens: its prompt with the target behind every template, then "{subject} is a".
+
+    The first row is always that of the plain prompt, whose key and state are read. Where "{}" is none of the templates,
+    no target is asked for there.
+    """
 
     rows: list[list[int]]
     indices: list[int]  # in each row, the subject's last token
     wanted: list[list[int]]  # in each row, the tokens whose logits the loss needs
     target: list[int]
+
+    @property
+    def n_prompts(self) -> int:
+        """Behind which the target is asked for."""
+        return sum(map(bool, self.wanted)) - 1  # the last row's are the KL term's
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,14 +83,17 @@ class ValueJob:
 def value_job(lm: LanguageModel, request: EditRequest, context_templates: Sequence[str]) -> ValueJob:
     with named(request):
         target = target_ids(lm, request.target_new)
-        prompts = [*in_contexts(request, context_templates), KL_PROMPT]
+        templates = with_plain(context_templates)
+        n_silent = len(templates) - len(context_templates)
+        prompts = [*in_contexts(request, templates), KL_PROMPT]
         rows, indices = find_subjects(lm, prompts, [request.subject] * len(prompts))
-        asked = [Continuation.of(row, target) for row in rows[:-1]]
+        asked = [Continuation.of(row, target) for row in rows[n_silent:-1]]
+        silent = [row[: index + 1] for row, index in zip(rows[:n_silent], indices, strict=False)]
         last = indices[-1]  # of the last row; what follows it there is not read
-        read = [*(each.row for each in asked), rows[-1][: last + 1]]
+        read = [*silent, *(each.row for each in asked), rows[-1][: last + 1]]
         for row in read:
             check_length(lm, row)
-    return ValueJob(read, indices, [*(list(each.predicting) for each in asked), [last]], target)
+    return ValueJob(read, indices, [*([] for _ in silent), *(list(each.predicting) for each in asked), [last]], target)
 
 
 def values_in_batches(
@@ -94,7 +108,7 @@ def values_in_batches(
 
     Yields which jobs, what `optimise_values` gives for them. `name`: of the bar, where `settings` ask for one.
     """
-    prefixes = Prefixes.of_templates(lm, settings.context_templates) if can_replay(lm) else None
+    prefixes = Prefixes.of_templates(lm, with_plain(settings.context_templates)) if can_replay(lm) else None
 
     def optimised(places: Sequence[int]) -> tuple[KeyPass, list[OptimisedValue]]:
         return optimise_values(lm, [jobs[place] for place in places], prefixes, settings.parameters, layer, site)
@@ -128,8 +142,9 @@ def optimise_values(
          + kl_factor · KL(p ‖ p₀) of the token after the subject in "{subject} is a", p₀ that of δ = 0
          + v_weight_decay · ‖δ‖ / ‖value_init‖²
 
-    site: what δ is added to, and whose unprefixed state is value_init: what the "projection" of `layer` says (ROME's v)
-    or the residual stream behind its "block" (MEMIT's z). The two differ where a norm follows the projection.
+    site: what δ is added to, and whose unprefixed state (or that of `target_init`) is value_init: what the "projection"
+    of `layer` says (ROME's v) or the residual stream behind its "block" (MEMIT's z). The two differ where a norm
+    follows the projection.
 
     The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not
     at the prompt's end, and of p from p₀, not of p₀ from p.
@@ -139,8 +154,8 @@ def optimise_values(
     Adam works element by element and each loss depends on its own δ only, so the jobs do not see each other. One that
     is done keeps its δ, and leaves the batch.
 
-    Returns keys (edit, template, d_mlp) and states at the site (edit, template, d_model) of the unchanged model, and
-    what was found for each job.
+    Returns keys (edit, template, d_mlp) and states at the site (edit, template, d_model) of the unchanged model, the
+    first those of the plain prompt, and what was found for each job.
     """
     rows = EditedRows(
         tokens=[row for job in jobs for row in job.rows],
@@ -151,7 +166,8 @@ def optimise_values(
     )
     passes = passes_of(lm, layer, rows, prefixes, site)
     keys, states = (widened(part).unflatten(0, (len(jobs), -1))[:, :-1] for part in (passes.keys, passes.states))
-    search = _Search(passes, jobs, states[:, 0].clone(), parameters)
+    value_init = initial_value(states, parameters, jobs[0].n_prompts)
+    search = _Search(passes, jobs, value_init, parameters)
     for step in range(parameters.v_num_grad_steps):
         search.step(last=step == parameters.v_num_grad_steps - 1)
         # Looking how many are left makes a GPU wait for all that was asked of it, so it is not done at every step.
@@ -159,6 +175,13 @@ def optimise_values(
             if search.leave_finished():
                 break
     return KeyPass(keys, states), search.results()
+
+
+def initial_value(
+    states: Float[Tensor, "edit template d_model"], parameters: ValueParameters, n_templates: int
+) -> Float[Tensor, "edit d_model"]:
+    """What v* starts from: the plain prompt's state, the first, or the mean over the last `n_templates`."""
+    return (states[:, 0] if parameters.target_init == "unprefixed" else states[:, -n_templates:].mean(1)).clone()
 
 
 class _Search:
@@ -189,7 +212,7 @@ class _Search:
         self.jobs, device = jobs, self.delta.device
         targets, prompts, is_kl = [], [], []
         for number, job in enumerate(jobs.values()):
-            n_prompts = len(job.rows) - 1
+            n_prompts = job.n_prompts
             targets += job.target * n_prompts
             prompts += [number * n_prompts + prompt for prompt in range(n_prompts) for _ in job.target]
             is_kl += [False] * (n_prompts * len(job.target)) + [True]

@@ -74,7 +74,8 @@ def edit(
     Many are computed side by side where the method can, and do not see each other: batch_size at once, or as many as
     memory takes.
 
-    context_templates: the first must be "{}"; None samples the method's own from the unedited model with seed 0.
+    context_templates: the first must be "{}", which ROME alone can do without (methods/rome.py); None samples the
+    method's own from the unedited model with seed 0.
     second_moment: E[k kᵀ], one matrix or {layer: matrix}, or a SecondMoments, whose factors then serve many calls.
     None: ROME takes the identity; a method that cannot do without has it computed once, of the unedited model on its
     default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
@@ -219,7 +220,7 @@ def as_templates(lm: LanguageModel, templates: Sequence[str] | None, method: str
     if templates is None:
         with unedited(lm):
             return prompts.context_templates(lm, seed=0, lengths=method_named(method).template_lengths)
-    return prompts.check_templates(templates)
+    return prompts.check_templates(templates, method_named(method).plain_template)
 
 
 def needed_moments(

@@ -149,14 +149,25 @@ def target_ids(lm: LanguageModel, target: str) -> list[int]:
     return [token for token, (_start, end) in pairs if end > 1]
 
 
-def check_templates(templates: Sequence[str]) -> list[str]:
-    """Context templates as a list; PromptError unless the first is "{}" and each has exactly one {}."""
-    if not isinstance(templates, list | tuple) or not templates or templates[0] != "{}":
-        raise PromptError('context_templates must be a list whose first is "{}", the prompt without a prefix')
+def check_templates(templates: Sequence[str], plain: bool = True) -> list[str]:
+    """Context templates as a list; PromptError unless the first is "{}" and each has exactly one {}.
+
+    plain: whether the first must be "{}". Where it need not, "{}" stands first or nowhere.
+    """
+    first = 'whose first is "{}", the prompt without a prefix'
+    if not isinstance(templates, list | tuple) or not templates or (plain and templates[0] != "{}"):
+        raise PromptError(f"context_templates must be a list {first if plain else 'of one or more'}")
+    if not plain and "{}" in templates[1:]:
+        raise PromptError('context_templates may have "{}", the prompt without a prefix, as the first and nowhere else')
     for template in as_texts(templates, "context_templates"):
         if template.count("{}") != 1:
             raise PromptError(f"the context template {template!r} needs exactly one {{}}, where the prompt goes")
     return list(templates)
+
+
+def with_plain(templates: Sequence[str]) -> list[str]:
+    """The context templates behind "{}", which is put first unless it stands there already."""
+    return list(templates) if templates[0] == "{}" else ["{}", *templates]
 
 
 def check_prefixes(prefix: str | Sequence[str], n: int) -> list[str]:

@@ -24,21 +24,34 @@ class SearchOptions:
     early_stop: float = 0.05
 
 
-def rome(lm, request, layer, contexts, key_mode: str = "mixed", C: torch.Tensor | None = None, **options) -> dict:
+def rome(
+    lm,
+    request,
+    layer,
+    contexts,
+    key_mode: str = "mixed",
+    C: torch.Tensor | None = None,
+    target_init: str = "unprefixed",
+    **options,
+) -> dict:
     """ΔW (d_out, d_in) of the layer's projection, with v_star, k, u, numerator, denominators and losses on the way.
 
-    options: of the search.
+    options: of the search. Of contexts without "{}" the means leave the plain prompt out; k_u is its key all the same.
     """
     model, projection = lm.model, lm.projection(layer)
     texts, ends, target_ids = tokenized(lm.tokenizer, request.prompt, request.subject, request.target_new, contexts)
     pairs = [run(model, projection, ids)[1:] for ids in texts[:-1]]
     keys = torch.stack([key[end - 1] for (key, _), end in zip(pairs, ends[:-1], strict=True)])
     values = torch.stack([value[end - 1] for (_, value), end in zip(pairs, ends[:-1], strict=True)])
-    v_star, losses = search(model, projection, texts, ends, target_ids, values[0], SearchOptions(**options))
+    plain_text, plain_end, _ = tokenized(lm.tokenizer, request.prompt, request.subject, request.target_new, ["{}"])
+    _, plain_keys, plain_values = run(model, projection, plain_text[0])
+    key_plain, value_plain = plain_keys[plain_end[0] - 1], plain_values[plain_end[0] - 1]
+    v_init = value_plain if target_init == "unprefixed" else values.mean(0)
+    v_star, losses = search(model, projection, texts, ends, target_ids, v_init, SearchOptions(**options))
 
-    k_direction = keys[0] if key_mode == "plain" else keys.mean(0)
-    k = keys.mean(0) if key_mode == "prefixed" else keys[0]
-    Wk = values.mean(0) if key_mode == "prefixed" else values[0]
+    k_direction = key_plain if key_mode == "plain" else keys.mean(0)
+    k = keys.mean(0) if key_mode == "prefixed" else key_plain
+    Wk = values.mean(0) if key_mode == "prefixed" else value_plain
     u = k_direction if C is None else torch.linalg.solve(C.to(k.dtype), k_direction)
     u = u / u.norm()
     return {

@@ -8,6 +8,7 @@
 No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
+from nbkit.plots.ablation import setting_shares
 from nbkit.plots.captions import sources
 from nbkit.plots.damage import areas_by_method, damage_calibration, guard_outcomes
 from nbkit.plots.interventions import intervention_strips
@@ -18,6 +19,7 @@ from nbkit.plots.key_distributions import (
     similarity_curves,
     similarity_histogram,
 )
+from nbkit.plots.key_moves import key_moves
 from nbkit.plots.one_edit import (
     loss_curve,
     one_edit_panels,

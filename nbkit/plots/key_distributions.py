@@ -6,21 +6,37 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MultipleLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from nbkit.plots.style import BLACK, GREY, columns, group_handles, group_styles, integer_axis, legend_above, log_axis
+from nbkit.plots.style import (
+    BLACK,
+    GREY,
+    columns,
+    group_handles,
+    group_styles,
+    integer_axis,
+    legend_above,
+    log_axis,
+    percent_axis,
+)
+from nbkit.records.medians import median_interval
+
+VECTORS = {"$k_u$": "o", r"$\bar{k}$": "^", r"$C^{-1}\bar{k}$": "s"}  # the same in every map
+MARKERS = "o^sDvP*"
 
 
 def similarity_histogram(
     frame: pd.DataFrame, ax: Axes, column: str = "similarity", group: str = "group", bins: int = 40
 ) -> Axes:
-    """The share of keys per cosine similarity (to the prefixed key, say), one histogram per group.
+    """The share of key pairs per cosine similarity (of plain and prefixed key), one histogram per group.
+
+    Above each stands the median over requests, each with the median of its pairs, and its 95 % interval.
 
     Args:
-        frame: one row a key pair, `column` between -1 and 1, and `group`.
+        frame: one row a pair of a request's keys: request (its number), `column` between -1 and 1, and `group`.
         bins: over the range from -1 (from 0 if nothing is negative) to 1.
     """
-    columns(frame, column, group)
+    columns(frame, column, group, "request")
     styles = group_styles(frame[group])
     lowest = -1.0 if (frame[column] < -1 / bins).any() else 0.0
     edges = np.linspace(lowest, 1.0, bins + 1)
@@ -29,8 +45,20 @@ def similarity_histogram(
     look = {"hue_order": list(styles), "palette": palette, "element": "step", "alpha": 0.3, "lw": 1, "legend": False}
     sns.histplot(drawn, x=column, hue=group, bins=edges, stat="probability", common_norm=False, ax=ax, **look)
     ax.xaxis.set_major_locator(MultipleLocator(0.25 if lowest == 0 else 0.5))
-    ax.set(xlim=(lowest, 1.0), xlabel="Cosine similarity of plain and prefixed key", ylabel="Share of keys")
-    return legend_above(ax, group_handles(styles, frame[group], alpha=0.3))
+    top, handles = ax.get_ylim()[1], group_handles(styles, alpha=0.3)
+    for number, ((name, (colour, marker)), handle) in enumerate(zip(styles.items(), handles, strict=True)):
+        pairs = frame[frame[group] == name]
+        of_requests = pairs.groupby("request")[column].median()
+        middle, low, high = median_interval(of_requests)
+        at = top * (1.05 + 0.07 * number)
+        ax.plot([low, high], [at, at], color=colour, lw=1)
+        ax.plot(middle, at, ls="none", marker=marker, color=colour, mew=0, ms=4)
+        handle.set_label(f"{name} ({len(of_requests)} requests, {len(pairs)} pairs)")
+    ax.set(xlim=(lowest, 1.0), ylim=(0, top * (1.05 + 0.07 * len(styles))))
+    ax.set(xlabel="Cosine of a subject’s plain and prefixed key", ylabel="Share of pairs")
+    percent_axis(ax.yaxis)
+    handles.append(Line2D([], [], color=BLACK, marker="o", ms=3, lw=1, label="median over requests, 95 % interval"))
+    return legend_above(ax, handles, ncols=1)
 
 
 def norm_histogram(
@@ -39,9 +67,9 @@ def norm_histogram(
     """The share of keys per norm (log): filled without prefix, outlined with one, coloured by group.
 
     Args:
-        frame: one row a key: `column` (positive), `group`, and `by` with "plain" or "prefixed".
+        frame: one row a key: request (its number), `column` (positive), `group`, and `by` with "plain" or "prefixed".
     """
-    columns(frame, column, group, by)
+    columns(frame, column, group, by, "request")
     kinds = list(dict.fromkeys(frame[by]))
     if not set(kinds) <= {"plain", "prefixed"}:
         raise ValueError(f"column {by} holds {', '.join(map(str, kinds))}: only 'plain' and 'prefixed' can be drawn")
@@ -56,13 +84,22 @@ def norm_histogram(
             look = {"fc": (colour, 0.35), "lw": 0.6} if kind == "plain" else {"fc": "none", "lw": 1.2}
             share = np.full(len(norms), 1 / len(norms))
             ax.hist(norms, edges, weights=share, histtype="stepfilled", ls=dashes[kind], ec=colour, **look)
+    requests = frame.drop_duplicates("request")[group]
     handles = group_handles(styles, alpha=1)
+    for name, handle in zip(styles, handles, strict=True):
+        handle.set_label(f"{name} ({(requests == name).sum()} requests)")
     for kind in kinds:
         filling = (GREY, 0.35) if kind == "plain" else "none"
-        label = f"{kind} (n = {(frame[by] == kind).sum()})"
+        label = f"{kind} ({(frame[by] == kind).sum()} keys)"
         handles.append(Patch(fc=filling, ec=GREY, ls=dashes[kind], label=label))
     log_axis(ax.xaxis)
-    ax.set(xlabel="Norm of the key", ylabel="Share of keys")
+    low, high = np.log10(ax.get_xlim())
+    if high - low < 2:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high - low < 1 else (1, 3)))
+        ax.xaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel="Norm of a subject’s key", ylabel="Share of keys")
     return legend_above(ax, handles)
 
 
@@ -77,9 +114,11 @@ def embedding_scatter(
     """
     columns(frame, "x", "y", group, vector)
     styles, kinds = group_styles(frame[group]), list(dict.fromkeys(frame[vector]))
-    markers = dict(zip(kinds, "o^sDvP*", strict=False))
-    if len(markers) < len(kinds):
-        raise ValueError(f"at most 7 kinds of vectors can be told apart, the frame has {len(kinds)}")
+    if len(kinds) > len(MARKERS):
+        raise ValueError(f"at most {len(MARKERS)} kinds of vectors can be told apart, the frame has {len(kinds)}")
+    markers = {kind: VECTORS[kind] for kind in kinds if kind in VECTORS}
+    spare = iter([marker for marker in MARKERS if marker not in markers.values()])
+    markers |= {kind: next(spare) for kind in kinds if kind not in markers}
     for name, (colour, _) in styles.items():
         for kind in kinds:
             points = frame[(frame[group] == name) & (frame[vector] == kind)]

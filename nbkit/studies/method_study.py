@@ -37,7 +37,10 @@ from nbkit.records.results import Store, Study
 from nbkit.studies import metrics as measure
 
 N_PREFIXES = 3  # that a request is asked behind
-BEHIND_PREFIXES = ("efficacy", "efficacy_argmax", "target_probability", "reliability")  # metrics of the rewrite prompt
+BEHIND_PREFIXES = (  # metrics of the rewrite prompt, and of its paraphrases
+    *("efficacy", "efficacy_argmax", "target_probability", "reliability"),
+    *("paraphrase", "paraphrase_argmax", "generalization"),
+)
 
 
 class MethodStudy:
@@ -60,7 +63,7 @@ class MethodStudy:
         if not isinstance(second_moment, SecondMoments | None):
             self.moments = SecondMoments(second_moment, lm)
         self.store = Store() if store is None else store
-        self.given_templates = None if context_templates is None else prompts.check_templates(context_templates)
+        self.given_templates = None if context_templates is None else as_templates(lm, context_templates, method)
         self.words = in_words(method, parameters)
         self.parameters = dataclasses.asdict(parameters)
         self.parameters |= {
@@ -127,13 +130,15 @@ class MethodStudy:
     ) -> list[dict[str, float]]:
         """The edit metrics of each request on the model with its own edit, `_prefixed` ones too.
 
-        Those ask the rewrite prompt behind prefixes the edit was not computed with, and are means over them.
+        Those ask the rewrite prompt and its paraphrases behind prefixes the edit was not computed with, and are means
+        over them.
         """
         frame = measure.edit_metrics(self.lm, requests, reference, edits=made).drop(columns="case_id")
-        alone = [request.alone for request in requests]
+        alone = [dataclasses.replace(r.alone, paraphrase_prompts=r.paraphrase_prompts) for r in requests]
         drawn = [self.prefixes_of(request) for request in requests]
         behind = [
-            measure.edit_metrics(self.lm, alone, prefix=prefixes, edits=made) for prefixes in zip(*drawn, strict=True)
+            measure.edit_metrics(self.lm, alone, prefix=prefixes, edits=made, prefix_paraphrases=True)
+            for prefixes in zip(*drawn, strict=True)
         ]
         for name in BEHIND_PREFIXES if behind else ():
             frame[f"{name}_prefixed"] = sum(one[name] for one in behind) / len(behind)

@@ -218,6 +218,7 @@ def edit_metrics(
     batch_size: int = 64,
     edits: Sequence[Edit] | None = None,
     progress: bool = True,
+    prefix_paraphrases: bool = False,
 ) -> pd.DataFrame:
     """Edit metrics of the model as it is now (apply the edit first): one row a request, in order.
 
@@ -234,7 +235,8 @@ def edit_metrics(
     [-1, 1]: the difference of the two probabilities a token, exp(-mean negative log-likelihood), as a mean over
     prompts; of the new target less the true one, on neighbours of the true answer less the new target. What the model
     says by itself is for `generation_metrics`. NaN where a request has nothing to measure it by. `prefix`, a template
-    with one {} or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*.
+    with one {} or one for each request, goes before the rewrite prompt only, as in *The Fall of ROME*, and with
+    `prefix_paraphrases` before its paraphrases too; never before neighbours.
     """
     requests, edits = as_requests(requests), None if edits is None else as_edits(edits)
     check_number("batch_size", batch_size, whole=True, least=1)
@@ -243,8 +245,9 @@ def edit_metrics(
     if edits is not None and len(edits) != len(requests):
         raise RequestError(f"{len(edits)} edits for {len(requests)} requests; each request is asked of its own edit")
     for index, (request, before) in enumerate(zip(requests, prefixes, strict=True)):
+        template = before if prefix_paraphrases else "{}"
         roles = [("prompt", before.replace("{}", request.text))] + [
-            ("paraphrase", text) for text in request.paraphrase_prompts
+            ("paraphrase", template.replace("{}", text)) for text in request.paraphrase_prompts
         ]
         for role, text in roles:
             asked.append((index, role, text, request.target_new))

@@ -8,6 +8,7 @@ denominator is what *The Fall of ROME* (Yang et al.) found behind the collapse.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,10 @@ import torch
 from nbkit.edits.door import verb
 from nbkit.keys.extract import keys_in_contexts
 from nbkit.methods.rome import update_direction
+from nbkit.methods.values import initial_value
 from nbkit.methods.verbs import SecondMomentLike, settings_for
 from nbkit.models.language_model import LanguageModel
-from nbkit.models.prompts import request_columns
+from nbkit.models.prompts import request_columns, with_plain
 from nbkit.records.lists import as_requests
 from nbkit.records.requests import EditRequest
 
@@ -34,24 +36,27 @@ def collapse_risk(
     context_templates: Sequence[str] | None = None,
     second_moment: SecondMomentLike = None,
     progress: bool = True,
+    **hparams: Any,
 ) -> pd.DataFrame:
     """What ROME's update of every request will be divided by, and how large that update can be at most.
 
-    layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`; they must be those of
-    the edits that the risk is about. The model is not changed.
+    layer: None takes the model's own from hparams.toml. The other arguments as in `nbkit.edit`, hparams too (such as
+    second_moment_ridge); they must be those of the edits that the risk is about. The model is not changed.
 
     Columns: case_id (as text), subject, subject_kind, layer, key_mode, denominator |k·u| and signed_denominator k·u
     (those of `edit.info`), value_norm (‖value_init‖), update_norm_bound (‖ΔW‖_F will not exceed it: (clamp_norm_factor
     ‖value_init‖ + ‖value_init - (W k + b)‖) / denominator), and risk, that bound over ‖W‖_F.
     """
     requests = as_requests(requests)
-    settings = settings_for(lm, "rome", context_templates, second_moment, {"layer": layer, "key_mode": key_mode})
+    given = {"layer": layer, "key_mode": key_mode, **hparams}
+    settings = settings_for(lm, "rome", context_templates, second_moment, given)
     parameters = settings.parameters
     weight_norm = lm.weight(parameters.layer).double().norm()
     numbers = torch.empty(len(requests), len(MEASURED), dtype=torch.float64)
-    for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, settings.context_templates, progress):
-        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters)
-        value_init = of_batch.values[:, 0]
+    templates, n_templates = with_plain(settings.context_templates), len(settings.context_templates)
+    for places, of_batch in keys_in_contexts(lm, requests, parameters.layer, templates, progress):
+        key, value_now, u = update_direction(of_batch, settings.second_moments, parameters, n_templates)
+        value_init = initial_value(of_batch.values, parameters, n_templates)
         divisor = (key.double() * u).sum(-1)
         norm = value_init.double().norm(dim=-1)
         largest = parameters.clamp_norm_factor * norm + (value_init - value_now).double().norm(dim=-1)

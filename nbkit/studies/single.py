@@ -48,8 +48,9 @@ def single_edits(
 
     Columns: the request (case_id as text, subject, subject_kind ...), perplexity, perplexity_before, what the method
     reports (numerator, denominator, signed_denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
-    optimised_probability ...), the edit metrics, those of the prompt behind prefixes the edit was not computed with
-    (means over three) as efficacy_prefixed and so on, what is generated, and the provenance.
+    optimised_probability ...), the edit metrics, those of the prompt and its paraphrases behind prefixes the edit was
+    not computed with (means over three) as efficacy_prefixed, paraphrase_prefixed and so on, what is generated, and the
+    provenance.
     """
     requests, texts = as_requests(requests), as_texts(texts)
     if not requests:
