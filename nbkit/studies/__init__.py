@@ -2,6 +2,16 @@
 
 from nbkit.studies.sequential import sequential_edits
 from nbkit.studies.single import single_edits
-from nbkit.studies.surrogate import spread, task_correlation
+from nbkit.studies.surrogate import treated_perplexity, treated_scores
+from nbkit.studies.treatment_pool import pool
+from nbkit.studies.treatments import Treatment, edits_of
 
-__all__ = ["sequential_edits", "single_edits", "spread", "task_correlation"]
+__all__ = [
+    "Treatment",
+    "edits_of",
+    "pool",
+    "sequential_edits",
+    "single_edits",
+    "treated_perplexity",
+    "treated_scores",
+]
