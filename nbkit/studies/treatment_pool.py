@@ -10,19 +10,22 @@ on a log scale over a range that reaches from next to nothing to a wreck.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nbkit import paths
 from nbkit.edits.door import verb
 from nbkit.errors import MethodError
+from nbkit.keys.moments import second_moments
 from nbkit.methods.hparams import hyper_parameters
-from nbkit.methods.table import METHODS
+from nbkit.methods.table import METHODS, method_named
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_choice, check_number
 from nbkit.records.lists import as_list, as_requests
 from nbkit.records.provenance import digest
-from nbkit.records.requests import EditRequest
+from nbkit.records.requests import EditRequest, read_texts
 from nbkit.studies.treatments import Treatment
 
 FACTORS = (0.1, 10.0)  # of an edit's update, by which it is scaled
@@ -79,6 +82,33 @@ def pool(
         check_choice("source", source, SOURCES)
     drawn = _Drawing(lm, requests, n_each, n_edits, list(layers), seed, dict(settings or {}))
     return [one for source in dict.fromkeys(sources) for one in drawn.of(source)]
+
+
+@verb
+def pool_settings(
+    lm: LanguageModel,
+    sources: Sequence[str],
+    layers: Sequence[int] = (),
+    hparams: Mapping[str, Mapping[str, Any]] | None = None,
+    second_moment_texts: str | Path | None = None,
+    second_moment_tokens: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`settings` of `pool` as a notebook's parameters name them.
+
+    hparams: {method: hyper-parameters}. second_moment_texts: a file, or a name that `read_texts` knows, whose keys'
+    second moments the methods of `sources` that need some get, for their own layers and `layers`, over
+    `second_moment_tokens`; cached in `runs/moments`. None leaves it to the methods. MethodError for an unknown method.
+    """
+    settings = {method: dict(given) for method, given in (hparams or {}).items()}
+    methods = {method for method, title in TITLES.items() if any(source.split()[0] == title for source in sources)}
+    for method in sorted(methods | set(settings)):
+        if second_moment_texts is not None and method_named(method).needs_second_moment:
+            parameters = hyper_parameters(lm, method, **settings.setdefault(method, {}))
+            settings[method]["second_moment"] = second_moments(
+                lm, sorted({*parameters.layers, *layers}), read_texts(second_moment_texts),
+                n_tokens=second_moment_tokens, cache=paths.RUNS / "moments",
+            )  # fmt: skip
+    return settings
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,17 +68,17 @@ class Treatment:
                 raise MethodError(f"a {self.way} takes {'one request' if self.way == 'single' else 'requests'}, "
                                   f"not {len(self.requests)}")  # fmt: skip
 
-    @property
+    @cached_property
     def base(self) -> "Treatment":
         """The same before it is regularised."""
         return dataclasses.replace(self, regulariser=None, arguments={})
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The digest of all that determines the edit, the model and the code apart."""
-        return digest({**vars(self), "source": None})
+        return digest([getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "source"])
 
-    @property
+    @cached_property
     def draw(self) -> str:
         """What it shares with treatments that differ in how far it went only: the sequence, or the edit before it was
         regularised."""
