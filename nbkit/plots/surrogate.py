@@ -18,7 +18,7 @@ METRICS = {  # name of the metric, None where the rows have none: label of the a
     "f1": "F1",
     "rougeL": "ROUGE-L",
 }
-RATIO = "Perplexity, times the unedited"
+RATIO = "Perplexity ratio"  # to the unedited model's
 WHOLE = {"color": BLACK, "lw": 0.8}  # the level of the unedited model: a line, which hides no point
 
 

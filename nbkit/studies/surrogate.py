@@ -158,7 +158,8 @@ def _about(one: Treatment, edit: Edit) -> dict[str, Any]:
     layers = one.settings.get("layer", one.settings.get("layers"))
     strength = {**one.arguments, **({} if one.relative_norm is None else {"relative_norm": one.relative_norm})}
     words = [f"layer {layers}".replace("[", "").replace("]", "")] if layers is not None else []
-    words += [f"{name} {value:.3g}" for name, value in strength.items() if isinstance(value, float)]
+    words += [f"{len(one.requests)} edits"] if len(one.requests) > 1 else []
+    words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in strength.items() if isinstance(value, float)]
     return {
         "way": one.way, "method": one.method, "n_edits": len(one.requests), "regulariser": one.regulariser,
         "setting": ", ".join(words), "update_norm": edit.norm(),
