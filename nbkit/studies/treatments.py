@@ -25,7 +25,7 @@ from nbkit.errors import MethodError, NbkitError
 from nbkit.methods.verbs import edit, edit_batch, edit_sequence
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bars import bar
-from nbkit.records.bounds import check_choice, check_number, check_text
+from nbkit.records.bounds import check_choice, check_number, check_text, shown
 from nbkit.records.lists import as_list, as_requests
 from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
@@ -123,7 +123,7 @@ def check_treatments(treatments: Any) -> list[Treatment]:
     treatments = as_list("treatments", treatments, "Treatments", MethodError)
     for index, one in enumerate(treatments):
         if not isinstance(one, Treatment):
-            raise MethodError(f"treatment {index} is no Treatment but a {type(one).__name__}")
+            raise MethodError(f"treatment {index} is no Treatment but {type(one).__name__}: {shown(one)}")
     return treatments
 
 
