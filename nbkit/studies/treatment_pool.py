@@ -3,7 +3,7 @@
     treatments = pool(lm, requests, n_each=16, seed=0)
     pd.Series([one.source for one in treatments]).value_counts()
 
-Every source gives the same number of treatments. All single edits are of the same requests, so that sources differ in
+Every source gives the same number of treatments, sequences that of a multiple of `STOPS`. All single edits are of the same requests, so that sources differ in
 what is done and not in what is edited. Strengths (how much of an edit, how many edits, how much noise) are drawn evenly
 on a log scale over a range that reaches from next to nothing to a wreck.
 """
@@ -59,7 +59,8 @@ def pool(
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Treatment]:
-    """`n_each` treatments of every source, each source's drawn by its own generator: another changes none of the rest.
+    """`n_each` treatments of every source (of sequences, at most), each source's drawn by a generator of its own, so
+    that another source changes none of the rest.
 
     Args:
         requests: that all are drawn from, without order. n_edits: the most in a sequence or batch, and in a sequence
@@ -149,8 +150,9 @@ class _Drawing:
         """Of the same requests for all methods, and in the same layers for all sources of a method."""
         random = self.random(method)
         names = {field.name for field in fields(METHODS[method].parameters)} & {"layer", "layers"}
+        choices = [None, *self.layers] if names else [None]  # None: the method's own
         for request in self.some(self.random("requests"), self.n_each):
-            layer = ([None, *self.layers] if names else [None])[random.integers(1 + (len(self.layers) if names else 0))]
+            layer = choices[random.integers(len(choices))]
             at = {} if layer is None else {"layer": layer} if "layer" in names else {"layers": [layer]}
             yield Treatment(source, "single", method, (request,), {**self.given(method), **at})
 
