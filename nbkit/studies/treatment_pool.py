@@ -3,9 +3,9 @@
     treatments = pool(lm, requests, n_each=16, seed=0)
     pd.Series([one.source for one in treatments]).value_counts()
 
-Every source gives the same number of treatments, sequences that of a multiple of `STOPS`. All single edits are of the same requests, so that sources differ in
-what is done and not in what is edited. Strengths (how much of an edit, how many edits, how much noise) are drawn evenly
-on a log scale over a range that reaches from next to nothing to a wreck.
+Every source gives the same number of treatments, of sequences a multiple of `STOPS`. All single edits are of the same
+requests, so that sources differ in what is done and not in what is edited. Strengths (how much of an edit, how many
+edits, how much noise) are drawn evenly on a log scale, over a range from next to nothing to a wreck.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
