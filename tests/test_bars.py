@@ -103,16 +103,22 @@ def test_a_task_that_breaks_off_does_not_hide_the_bars_of_later_ones(capsys, at_
 
 @pytest.mark.parametrize(
     ("study", "last"),
-    [(studies.single_edits, "single edits"), (studies.sequential_edits, "sequences"),
-     (studies.task_correlation, "task scores")],
-)  # fmt: skip
+    [(studies.single_edits, "single edits"), (studies.sequential_edits, "sequences")],
+)
 def test_a_study_shows_one_bar_and_none_when_it_is_stored(study, last, tiny, requests, texts, tmp_path, capfd, at_once):
-    if study is studies.task_correlation:
-        tiny, requests = nbkit.load("miniworld-gpt2"), nbkit.read_requests("miniworld", limit=2)
-    more = {"task_names": ["nli"], "limit": 2} if study is studies.task_correlation else {}
     capfd.readouterr()
     for shown in ([f"{tiny.title}, rome, mixed keys, layer 1: {last}"], []):
-        study(tiny, requests, texts[:2], store=Store(tmp_path), **FAST, **more)
+        study(tiny, requests, texts[:2], store=Store(tmp_path), **FAST)
+        assert names(capfd.readouterr().err) == shown
+
+
+def test_studies_of_treated_models_show_one_bar_each_and_none_when_stored(tmp_path, capfd, at_once):
+    lm, store = nbkit.load("miniworld-gpt2"), Store(tmp_path)
+    noises = [studies.Treatment("noise", "noise", relative_norm=norm) for norm in (0.1, 0.2)]
+    capfd.readouterr()
+    for shown in ([f"{lm.title}: perplexity of treated models", f"{lm.title}: task scores of treated models"], []):
+        studies.treated_perplexity(lm, noises, nbkit.read_texts("miniworld", limit=2), store)
+        studies.treated_scores(lm, noises, ["nli"], 2, store=store)
         assert names(capfd.readouterr().err) == shown
 
 

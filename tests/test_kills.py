@@ -42,8 +42,8 @@ STUDIES = {
     "sequential": lambda lm, store: studies.sequential_edits(
         lm, REQUESTS[:5], TEXTS, seeds=[0, 1, 2], evaluate_every=2, store=store, **FAST
     ),
-    "task": lambda lm, store: studies.task_correlation(
-        lm, REQUESTS[:3], TEXTS, task_names=["nli"], limit=2, store=store, **FAST
+    "task": lambda lm, store: studies.treated_scores(
+        lm, [studies.Treatment("ROME", "single", "rome", (one,), FAST) for one in REQUESTS[:3]], ["nli"], 2, store=store
     ),
 }
 

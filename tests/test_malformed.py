@@ -30,8 +30,8 @@ from nbkit.methods.setups import setup
 from nbkit.models.shapes import random_model
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
+from nbkit.records.selection import stratified
 from nbkit.records.tables import write_table
-from nbkit.studies.surrogate import spread
 
 TABLES = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in (Path(__file__).parent / "malformed").glob("*")}
 GOOD = {"prompt": "{} is in", "subject": "Vouda", "target_new": "Krela", "case_id": 41}
@@ -105,7 +105,7 @@ def world(make_lm):
         "other_edit": edit_of("transformer.h.9.mlp.c_proj.weight"), "thin_edit": edit_of(lm.weight_name(1), 5),
         "long_prompt": EditRequest("Vouda " * 100 + "{} plays the", "Ann", "drum"),
         "long_target": EditRequest("{} plays the", "Ann", "Krela " * 100),
-        "keys": keys, "hyper_parameters": hyper_parameters, "setup": setup, "spread": spread, "Store": Store,
+        "keys": keys, "hyper_parameters": hyper_parameters, "setup": setup, "Store": Store, "stratified": stratified,
         "random_model": random_model, "write_table": write_table, "results_frame": pd.DataFrame({"a": [1]}),
     }  # fmt: skip
 

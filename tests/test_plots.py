@@ -26,6 +26,7 @@ from nbkit.records.survival import surviving
 mpl.use("Agg")
 RANDOM = np.random.default_rng(0)
 KINDS = ["one-token first", "several-token first", "later"]
+DAMAGES = ["single edit", "scaled edit", "RECT or PRUNE", "sequence", "batch", "noise"]
 
 
 def single_frame(perplexity=None):
@@ -74,10 +75,20 @@ def methods_panels(axes):
 
 def task_frame(*names):
     n = 12
-    perplexity = [15.4, *np.geomspace(16, 1e5, n - 3), math.inf, math.nan]
+    ratio = [1.0, *np.geomspace(1.04, 1e4, n - 3), math.inf, math.nan]
     score = np.linspace(0.9, 0.25, n) + RANDOM.normal(0, 0.02, n)
-    rows = {"perplexity": perplexity, "score": score, "stderr": 0.03, "chance": 0.25, "edited": np.arange(n) > 0}
+    rows = {"ratio": ratio, "score": score, "chance": 0.25, "choice": True, "edited": np.arange(n) > 0}
+    rows["damage"] = [None, *itertools.islice(itertools.cycle(DAMAGES), n - 1)]
     return pd.concat([pd.DataFrame({**rows, "task": name, "metric": "acc"}) for name in names])
+
+
+def texts_frame():
+    rows = [
+        {"text": text, "models": models, "rho": rho, "low": rho - 0.05, "high": rho + 0.1, "n": n}
+        for models, n, start in (("all", 120, -0.9), ("below 10 times", 90, -0.6))
+        for text, rho in zip(("50 held-out", "500 held-out", "training lines"), start + np.arange(3) / 20, strict=True)
+    ]
+    return pd.DataFrame(rows)
 
 
 def risk_frame():
@@ -304,6 +315,12 @@ FIGURES = {
     "collapse_by_templates": (lambda ax: plots.collapse_by_templates(templates_frame(), ax), 2.2, {}),
     "risk_roc": (lambda ax: plots.risk_roc(detections(), ax), 3.2, {}),
     "perplexity_vs_task": (lambda ax: plots.perplexity_vs_task(task_frame("open_qa"), ax), 2.6, {}),
+    "ability_vs_perplexity": (
+        lambda ax: plots.ability_vs_perplexity(task_frame("open_qa")[1:].assign(ability=RANDOM.random(11)), ax, 10.0),
+        3.2,
+        {},
+    ),
+    "rho_by_text": (lambda ax: plots.rho_by_text(texts_frame(), ax), 2.4, {}),
     "perplexity_vs_tasks": (tasks_panels, 4.5, {"nrows": 2, "ncols": 4}),
     "sequential_curves": (sequence_panels, 2.6, {"ncols": 2}),
     "sequence_step": (lambda ax: plots.sequence_step(hard_sequences(), ax, seed=1, step=2), 2.6, {}),
@@ -533,31 +550,53 @@ def test_rho_is_spearmans_over_the_edited_models_with_nan_as_the_worst(ax):
     frame = task_frame("open_qa")
     plots.perplexity_vs_task(frame, ax)
     edited = frame[1:]
-    expected = stats.spearmanr(edited["perplexity"].fillna(math.inf), edited["score"]).statistic
-    found = correlation.spearman(edited["perplexity"], edited["score"])
+    expected = stats.spearmanr(edited["ratio"].fillna(math.inf), edited["score"]).statistic
+    found = correlation.spearman(edited["ratio"], edited["score"])
     assert found.rho == pytest.approx(expected) and -1 <= found.low <= found.rho <= found.high <= 1 and found.n == 11
-    assert found == correlation.spearman(edited["perplexity"], edited["score"])
-    assert found != correlation.spearman(edited["perplexity"], edited["score"], seed=1)
+    assert found == correlation.spearman(edited["ratio"], edited["score"])
+    assert found != correlation.spearman(edited["ratio"], edited["score"], seed=1)
     title = ax.get_title("right")
-    assert title.startswith("open qa (n = 11)\n") and f"{found.rho:.2f}".replace("-", "−") in title
-    (chance,) = [line for line in ax.lines if line.get_label() == "chance"]
-    assert chance.get_linestyle() == "--" and set(chance.get_ydata()) == {0.25}
-    (edge,) = [line for line in ax.lines if line.get_marker() == ">"]
-    assert len(edge.get_xdata()) == 2 and "infinite or NaN (2 of 12)" in labels_of(ax)
-    assert ax.get_xscale() == "log" and ax.get_ylabel() == "Accuracy"
-    (row,) = correlation.correlations(frame).to_dict("records")
+    assert title.startswith("open qa\n") and f"{found.rho:.2f}".replace("-", "−") in title
+    (row,) = correlation.correlations(frame.rename(columns={"ratio": "perplexity"})).to_dict("records")
     assert row == {"task": "open_qa", **found._asdict()}
 
 
+def test_every_model_is_a_point_of_its_kind_of_damage_and_the_unedited_one_a_line(ax):
+    frame = task_frame("open_qa")
+    plots.perplexity_vs_task(frame, ax)
+    points_of = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert sum(len(line.get_xdata()) for line in points_of) == 11
+    assert len({line.get_color() for line in points_of if line.get_marker() != ">"}) == 6
+    assert sum(len(line.get_xdata()) for line in points_of if line.get_marker() == ">") == 2
+    levels = {line.get_label(): set(line.get_ydata()) for line in ax.lines}
+    assert levels["unedited"] == {frame["score"].iloc[0]} and levels["guessing"] == {0.25}
+    assert "infinite or NaN (2 of 11)" in labels_of(ax)
+    assert ax.get_xscale() == "log" and ax.get_ylabel() == "Accuracy" and ax.get_ylim() == (-0.04, 1.04)
+
+
+def test_a_task_whose_answers_are_written_has_no_line_of_guessing(ax):
+    plots.perplexity_vs_task(task_frame("open_qa").assign(choice=False), ax)
+    assert "guessing" not in labels_of(ax) and "unedited" in labels_of(ax)
+
+
+def test_rho_by_text_has_a_mark_and_an_interval_for_every_text(ax):
+    plots.rho_by_text(texts_frame(), ax)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["50 held-out", "500 held-out", "training lines"]
+    marks = [line for line in ax.lines if line.get_linestyle() == "None"]
+    np.testing.assert_allclose(marks[1].get_xdata(), [-0.6, -0.55, -0.5])
+    assert labels_of(ax) == ["all (n = 120)", "below 10 times (n = 90)"]
+    assert [len(lines.get_segments()) for lines in ax.collections] == [3, 3]
+
+
 @pytest.mark.parametrize(
-    ("perplexity", "score", "n"),
+    ("ratio", "score", "n"),
     [([1, 2], [1, 2], 2), ([1, 1, 1], [1, 2, 3], 3), ([1, 2, 3], [5, 5, 5], 3), ([1, 2, 3], [1, np.nan, 3], 2)],
 )
-def test_rho_that_is_not_defined_is_said(ax, perplexity, score, n):
-    found = correlation.spearman(perplexity, score)
+def test_rho_that_is_not_defined_is_said(ax, ratio, score, n):
+    found = correlation.spearman(ratio, score)
     assert np.isnan([found.rho, found.low, found.high]).all() and found.n == n
-    plots.perplexity_vs_task(pd.DataFrame({"task": "nli", "perplexity": perplexity, "score": score}), ax)
-    assert ax.get_title("right") == f"nli (n = {n})\nρ undefined"
+    plots.perplexity_vs_task(pd.DataFrame({"task": "nli", "ratio": ratio, "score": score, "damage": "noise"}), ax)
+    assert ax.get_title("right") == "nli\nρ undefined"
 
 
 def test_tasks_that_do_not_fit_are_refused(ax):

@@ -19,7 +19,6 @@ from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import method_study, metrics, orders, single
-from nbkit.studies import task_scores as task_scores_module
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity
 
 PROMPTS = [("{} is located in", "Vouda"), ("{} plays the", "Ann"), ("The mother tongue of {} is", "Danielle Darrieux")]
@@ -287,58 +286,3 @@ def test_texts_that_the_model_cannot_read_are_said_at_the_door(lm, store, study,
 
 
 # tasks
-
-
-@pytest.fixture
-def scores(monkeypatch):
-    """lm-eval replaced by a score that depends on the model's weights."""
-
-    def task_scores(lm, names, limit=None, include_path=None):
-        weight = float(lm.weight(1).abs().sum())
-        rows = [{"task": name, "kind": "toy", "metric": "acc", "score": weight, "chance": 0.25} for name in names]
-        return pd.DataFrame(rows)
-
-    monkeypatch.setattr(task_scores_module, "task_scores", task_scores)
-    return Counted(monkeypatch, "task_scores", task_scores_module)
-
-
-def correlation(lm, store, requests=REQUESTS, **changes):
-    arguments = {"task_names": ["nli", "ner"], "store": store, **FAST, **changes}
-    return studies.task_correlation(lm, requests, TEXTS, **arguments)
-
-
-def test_task_correlation_scores_the_unedited_and_every_edited_model(lm, store, scores):
-    frame = correlation(lm, store)
-    assert frame["edited"].tolist() == [False] * 2 + [True] * 10
-    assert frame["task"].tolist() == ["nli", "ner"] * 6
-    assert frame["perplexity"][0] == perplexity(lm, TEXTS) and frame["score"].nunique() == 6
-    expected = perplexity(lm, TEXTS, edits=edit(lm, REQUESTS, progress=False, **FAST))
-    np.testing.assert_allclose(frame["perplexity"][2::2], expected, rtol=1e-12)
-    correlation(lm, store)
-    assert scores.calls == 6
-
-
-def test_task_correlation_resumes(lm, store, tmp_path, scores):
-    scores.fail(KeyboardInterrupt(), at=4)
-    with pytest.raises(KeyboardInterrupt):
-        correlation(lm, store)
-    resumed = correlation(lm, store)
-    assert scores.calls == 4 + 3
-    same(resumed, correlation(lm, Store(tmp_path / "other")))
-
-
-def test_changed_task_files_are_another_study(lm, store, tmp_path, scores):
-    (tmp_path / "tasks").mkdir()
-    for n_calls, text in enumerate(["a", "b"], start=1):
-        (tmp_path / "tasks" / "nli.yaml").write_text(text)
-        correlation(lm, store, requests=[], include_path=tmp_path / "tasks")
-        assert scores.calls == n_calls
-
-
-def test_spread_spans_the_range():
-    perplexities = [10, 10.1, 1000, 10.2, 100, math.inf, 1e5, math.nan, 10.3]
-    places = studies.spread(perplexities, 4)
-    assert places == sorted(set(places)) and len(places) == 4
-    assert {0, 4} <= set(places) and {5, 6, 7} & set(places)
-    assert studies.spread(perplexities, 20) == list(range(9))
-    assert studies.spread([math.nan, math.inf, math.inf], 2) == [0, 1]

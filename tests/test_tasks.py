@@ -23,7 +23,7 @@ from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import target_ids
 from nbkit.studies.task_scores import TASKS, _lm_eval, task_names, task_scores
 
-COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "n"]
+COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "choice", "n"]
 N = 12
 
 

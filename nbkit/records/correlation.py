@@ -57,10 +57,39 @@ def spearman(perplexity, score, seed: int = 0, n_resamples: int = 2000) -> Corre
 
 
 def correlations(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """One row a task: rho, low, high, n, over the edited models of `studies.task_correlation`'s rows."""
+    """One row a task: rho, low, high, n, over the edited models; rows of `studies.treated_scores` with perplexity."""
     edited = frame[frame["edited"]] if "edited" in frame else frame
     rows = [
         {"task": task, **spearman(rows["perplexity"], rows["score"], seed=seed)._asdict()}
         for task, rows in edited.groupby("task", sort=False)
     ]
     return pd.DataFrame(rows, columns=["task", "rho", "low", "high", "n"])
+
+
+def compared(perplexities: pd.DataFrame, score, seed: int = 0, n_resamples: int = 2000) -> pd.DataFrame:
+    """Several perplexities of the same models, one a column, held to their scores and to the first column.
+
+    One row a column: rho, low, high (Spearman's with the score), agreement with its bounds (Spearman's with the first
+    column), difference with its bounds (rho less the first column's; below zero: this one goes closer), and n. All
+    intervals are of 95 %, of one bootstrap over the models. NaN perplexities count as infinite; models without a score
+    are left out.
+    """
+    score = np.asarray(score, float)
+    values = perplexities.to_numpy(float)[~np.isnan(score)]
+    values, score = np.where(np.isnan(values), np.inf, values).T, score[~np.isnan(score)]
+    drawn = np.random.default_rng(seed).integers(len(score), size=(n_resamples, len(score)))
+    rows = []
+    with warnings.catch_warnings():  # a resample of equal values has no rho: NaN, left out of the intervals
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        first = _rho(values[0], score), _rho(values[0][drawn], score[drawn])
+        for name, value in zip(perplexities, values, strict=True):
+            rho = _rho(value, score), _rho(value[drawn], score[drawn])
+            agreement = _rho(value, values[0]), _rho(value[drawn], values[0][drawn])
+            found = {"rho": rho, "agreement": agreement, "difference": (rho[0] - first[0], rho[1] - first[1])}
+            rows.append({"text": name})
+            for what, (whole, resampled) in found.items():
+                low, high = np.nanquantile(resampled, [0.025, 0.975]) if len(score) > 2 else (np.nan, np.nan)
+                names = ("low", "high") if what == "rho" else (f"{what}_low", f"{what}_high")
+                rows[-1] |= {what: float(whole), names[0]: float(low), names[1]: float(high)}
+            rows[-1]["n"] = len(score)
+    return pd.DataFrame(rows)

@@ -1,91 +1,175 @@
-"""Perplexity as a surrogate: perplexity and task scores of the unedited model and of singly edited ones.
+"""Perplexity as a surrogate: perplexity of many damaged models, and what those that are chosen still do on tasks.
 
-    frame = task_correlation(lm, requests, texts)
+    made = {}                                                     # edits, shared by both
+    rows = treated_perplexity(lm, treatments, texts, made=made)   # of the pool: cheap
+    chosen = selection.stratified(rows, n=24)                     # nbkit/records/selection.py
+    scores = treated_scores(lm, [treatments[place] for place in chosen], made=made)
+
+Rows are stored treatment by treatment, named by all that determines the edit: one more treatment computes only itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nbkit.edits.door import verb
+from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.models.language_model import LanguageModel
-from nbkit.records.bounds import check_number
-from nbkit.records.lists import as_requests, as_texts
-from nbkit.records.provenance import digest, files_digest
-from nbkit.records.requests import EditRequest
-from nbkit.records.results import Store
+from nbkit.records.lists import as_texts
+from nbkit.records.provenance import canonical, code_version, digest, files_digest, provenance
+from nbkit.records.results import Store, Study
 from nbkit.studies import metrics as measure
 from nbkit.studies import task_scores as tasks
-from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
+from nbkit.studies.method_study import MethodStudy
+from nbkit.studies.treatments import Treatment, check_treatments, edits_of, named
+
+EDITS_AT_ONCE = 32  # treatments whose edits are made, measured and stored together
+UNEDITED = "unedited"
 
 
 @verb
-def task_correlation(
+def treated_perplexity(
     lm: LanguageModel,
-    requests: Sequence[EditRequest],
+    treatments: Sequence[Treatment],
     texts: Sequence[str],
+    store: Store | None = None,
+    made: MutableMapping[str, Edit] | None = None,
+) -> pd.DataFrame:
+    """Perplexity ("sentence_mean") of `texts` after each treatment of the unedited model: one row each, in order.
+
+    made: edits by `Treatment.key` that are taken from there and put there, to be shared between studies. The model is
+    unchanged afterwards.
+
+    Columns: source, draw (see `Treatment.draw`), way, method, n_edits, regulariser, setting (in words), update_norm,
+    perplexity, perplexity_before, and the provenance. MethodError, which names the source, for a treatment that cannot
+    be made.
+    """
+    treatments, texts = check_treatments(treatments), as_texts(texts)
+    study, by_unit, units = _study(lm, "treated_perplexity", treatments, store, {"texts": texts})
+    made = {} if made is None else made
+
+    @cache
+    def before() -> float:
+        return measure.perplexity(lm, texts, progress=False)
+
+    def compute(some: Sequence[str]) -> Iterator[list[tuple[str, list[dict]]]]:
+        chosen = [by_unit[unit] for unit in some]
+        edits = edits_of(lm, chosen, made)
+        after = measure.perplexity(lm, texts, edits=edits)
+        yield [
+            (unit, [{**_about(one, edit), "perplexity": value, "perplexity_before": before()}])
+            for unit, one, edit, value in zip(some, chosen, edits, after, strict=True)
+        ]
+
+    frame = study.complete_together(units, compute, EDITS_AT_ONCE, f"{lm.title}: perplexity of treated models", "model")
+    return _with_names(frame, treatments, range(len(treatments)))
+
+
+@verb
+def treated_scores(
+    lm: LanguageModel,
+    treatments: Sequence[Treatment],
     task_names: Sequence[str] | None = None,
     limit: int | None = None,
     include_path: Path | str = tasks.TASKS,
-    method: str = "rome",
     store: Store | None = None,
-    context_templates: Sequence[str] | None = None,
-    second_moment=None,
-    **hparams,
+    made: MutableMapping[str, Edit] | None = None,
 ) -> pd.DataFrame:
-    """Perplexity and task scores of the unedited model and of each singly edited one: one row per model and task.
+    """Task scores of the unedited model and after each treatment of it: one row per model and task.
 
-    Args:
-        requests: one edited model each; `spread` picks some that span the range of perplexities.
-        task_names, limit, include_path: as in `tasks.task_scores`.
+    task_names, limit, include_path: as in `tasks.task_scores`. made: as in `treated_perplexity`.
 
-    Columns: edited (False for the unedited model, first), the request, perplexity, task, kind, metric, score, stderr,
-    chance, n (items scored), and the provenance.
+    Columns: edited (False for the unedited model, first), place (of the treatment in the list, -1 for the unedited
+    model), source and the others of `treated_perplexity` but the perplexities, task, kind, metric, score, stderr,
+    chance, choice, n (items scored), and the provenance.
     """
-    requests, texts = as_requests(requests), as_texts(texts)
+    treatments = check_treatments(treatments)
     tasks.check_tasks(task_names, limit, include_path)
-    setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams)
     names = None if task_names is None else list(task_names)
-    data = {"texts": texts, "tasks": files_digest(Path(include_path))}
+    data: dict[str, Any] = {"tasks": files_digest(Path(include_path))}
     if not set(names or ()) <= set(tasks.task_names(include_path)):
         data["lm_eval"] = version("lm_eval")  # whose tasks these are
-    study = setting.study("task_correlation", data, tasks=names, limit=limit)
-    units = by_digest(requests)
+    study, by_unit, units = _study(lm, "treated_scores", treatments, store, data, tasks=names, limit=limit)
+    made = {} if made is None else made
 
     def scored(about: dict) -> list[dict]:
-        scores = tasks.task_scores(lm, names, limit=limit, include_path=include_path)
-        about = {**about, "perplexity": measure.perplexity(lm, texts)}
-        return [{**about, **row} for row in scores.to_dict("records")]
+        rows = tasks.task_scores(lm, names, limit=limit, include_path=include_path).to_dict("records")
+        return [{**about, **row} for row in rows]
 
     def compute(unit: str) -> list[dict]:
-        if unit == "unedited":
+        if unit == UNEDITED:
             return scored({"edited": False})
-        (made,) = setting.edits([units[unit]])
-        with applied(lm, made):
-            return scored({"edited": True, **described(lm, units[unit]), **outcome_columns(made)})
+        one = by_unit[unit]
+        if one.key not in made:
+            start = units.index(unit)
+            edits_of(lm, [by_unit[u] for u in units[start : start + EDITS_AT_ONCE] if not study.done(u)], made)
+        with named(one), applied(lm, made[one.key]):
+            return scored({"edited": True, **_about(one, made[one.key])})
 
-    asked = ["unedited", *(digest(request) for request in requests)]
-    return study.complete(asked, compute, setting.task("task scores"), each="model")
+    asked = [UNEDITED, *units]
+    frame = study.complete(asked, compute, f"{lm.title}: task scores of treated models", each="model")
+    n_tasks = [len(study.frame([unit])) for unit in asked]
+    places = [place - 1 for place, n in enumerate(n_tasks) for _ in range(n)]
+    return _with_names(frame, treatments, places)
 
 
-def spread(perplexity: Sequence[float], n: int) -> list[int]:
-    """Places of `n` models whose perplexities lie as evenly as can be on a log scale, from the least to the largest.
+def _study(
+    lm: LanguageModel, name: str, treatments: Sequence[Treatment], store: Store | None, data: dict, **parameters: Any
+) -> tuple[Study, dict[str, Treatment], list[str]]:
+    """The stored study, and its units: named by the treatment, and by the method's parameters where it has one."""
 
-    Infinite and NaN perplexities count as the largest finite one. All places, in order, if there are no more than n.
-    """
-    check_number("n", n, whole=True, least=1)
-    values = np.asarray(perplexity, float)
-    if n >= len(values):
-        return list(range(len(values)))
-    finite = values[np.isfinite(values)]
-    logs = np.log(np.where(np.isfinite(values), values, finite.max() if len(finite) else 1.0))
-    chosen: list[int] = []
-    for goal in np.linspace(logs.min(), logs.max(), n):
-        distance = np.abs(logs - goal)
-        distance[chosen] = np.inf
-        chosen.append(int(distance.argmin()))
-    return sorted(chosen)
+    @cache
+    def determined(method: str, settings: "_Settings") -> dict:
+        given = dict(settings.values)
+        moments = given.pop("second_moment", None)
+        return MethodStudy(lm, method, given.pop("context_templates", None), moments, store, given).parameters
+
+    units = []
+    for one in treatments:
+        with named(one):
+            units.append(digest([one.key, determined(one.method, _Settings(one.settings)) if one.method else None]))
+    hashes = {what: digest(value) for what, value in data.items()}
+    key = {"model": lm.hash, "dtype": str(lm.dtype), "code": code_version(), "unedited": lm.base_hash}
+    key |= {"data": hashes, "parameters": parameters}
+    store = Store() if store is None else store
+    study = store.study(name, key, provenance(lm, data_hash=hashes, parameters=parameters))
+    return study, dict(zip(units, treatments, strict=True)), units
+
+
+class _Settings:
+    """Arguments of `nbkit.edit` by their content, as a cache needs them."""
+
+    def __init__(self, values):
+        self.values, self.content = values, canonical(dict(values))
+
+    def __eq__(self, other):
+        return self.content == other.content
+
+    def __hash__(self):
+        return hash(self.content)
+
+
+def _about(one: Treatment, edit: Edit) -> dict[str, Any]:
+    layers = one.settings.get("layer", one.settings.get("layers"))
+    strength = {**one.arguments, **({} if one.relative_norm is None else {"relative_norm": one.relative_norm})}
+    words = [f"layer {layers}".replace("[", "").replace("]", "")] if layers is not None else []
+    words += [f"{len(one.requests)} edits"] if len(one.requests) > 1 else []
+    words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in strength.items() if isinstance(value, float)]
+    return {
+        "way": one.way, "method": one.method, "n_edits": len(one.requests), "regulariser": one.regulariser,
+        "setting": ", ".join(words), "update_norm": edit.norm(),
+    }  # fmt: skip
+
+
+def _with_names(frame: pd.DataFrame, treatments: Sequence[Treatment], places: Sequence[int]) -> pd.DataFrame:
+    """The rows with names for people, which determine no number and so are not stored."""
+    of = [treatments[place] if place >= 0 else None for place in places]
+    frame.insert(0, "draw", [None if one is None else one.draw for one in of])
+    frame.insert(0, "source", [UNEDITED if one is None else one.source for one in of])
+    frame.insert(0, "place", list(places))
+    return frame

@@ -12,8 +12,10 @@ import io
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nbkit import paths
@@ -44,7 +46,8 @@ def task_scores(
     """Score the model as it is now on `tasks`, by default all of `include_path`, on the first `limit` items of each.
 
     A name that `include_path` does not have is one of lm-eval's own; a group of them stands for all its tasks. One row
-    a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say) and n.
+    a task, its first metric: task, kind, metric, score, stderr, chance (NaN where the task does not say), choice
+    (whether an answer is chosen among some, so that no model falls below chance for long) and n.
     NbkitError for a task that neither has, naming the nearest.
     """
     lm.check_causal()
@@ -76,6 +79,23 @@ def task_scores(
             results = evaluate(harness, part, limit=limit, log_samples=False, bootstrap_iters=100)
         rows += [_row(results, name) for name in part["tasks"]]
     return pd.DataFrame(rows)
+
+
+def task_texts(
+    n: int, tasks: Sequence[str] | None = None, include_path: Path | str = TASKS, seed: int = 0
+) -> list[str]:
+    """`n` of the prompts of `tasks`' items, as perplexity can be measured on: as evenly from all tasks as can be, drawn
+    by `seed`. Fewer where there are no more. Arguments and errors as in `task_scores`.
+    """
+    check_tasks(tasks, None, include_path)
+    check_number("n", n, whole=True, least=1)
+    random, prompts = np.random.default_rng(seed), []
+    for part in _load(tuple(task_names(include_path) if tasks is None else tasks), str(include_path)):
+        for task in part["tasks"].values():
+            documents = list(task.test_docs() if task.has_test_docs() else task.validation_docs())
+            prompts.append([task.doc_to_text(documents[place]) for place in random.permutation(len(documents))])
+    in_turn = [text for texts in zip_longest(*prompts) for text in texts if text is not None]
+    return in_turn[:n]
 
 
 def check_tasks(tasks: Sequence[str] | None, limit: int | None, include_path: Path | str) -> None:
@@ -152,5 +172,6 @@ def _row(results: dict, name: str) -> dict[str, object]:
         "score": scores[key],
         "stderr": stderr if isinstance(stderr, float) else float("nan"),  # lm-eval says "N/A" for a single item
         "chance": config["metadata"].get("chance", float("nan")),
+        "choice": config["output_type"] == "multiple_choice",
         "n": results["n-samples"][name]["effective"],
     }
