@@ -29,8 +29,8 @@ from nbkit.plots.one_edit import (
     top_tokens,
 )
 from nbkit.plots.risk import risk_distribution
-from nbkit.plots.sequence_grids import perplexity_grid, share_grid, size_grid, survival_grid
 from nbkit.plots.screening import screened_risk
+from nbkit.plots.sequence_grids import perplexity_grid, share_grid, size_grid, survival_grid
 from nbkit.plots.sequential_edits import sequence_step, sequential_curves, survival_curves
 from nbkit.plots.single_edits import (
     collapse_by_templates,
