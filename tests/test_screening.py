@@ -69,3 +69,5 @@ def test_what_a_screening_found_and_missed():
     assert none.share == 1 and none.low < 0.2 and none.total_high > 10
     with pytest.raises(ResultsError, match="drawn at random"):
         recall(found(rows([400], []), n_requests=24))
+    nothing = found(rows([], []), n_requests=24)
+    assert nothing.empty and list(nothing) == list(table)

@@ -18,6 +18,7 @@ from nbkit.records.bounds import check_number
 from nbkit.records.collapse import shares
 
 WORST, RANDOM = "worst", "random"
+COLUMNS = ["chosen", "n", "of", "collapsed", "share", "low", "high", "collapses", "collapses_low", "collapses_high"]
 
 
 class Hidden(NamedTuple):
@@ -71,6 +72,8 @@ def found(rows: pd.DataFrame, n_requests: int, ratio: float = 10.0) -> pd.DataFr
     """
     n_worst = int((rows["chosen"] == WORST).sum())
     table = shares(rows, ratio, by="chosen")
+    if table.empty:
+        return pd.DataFrame(columns=COLUMNS)
     table.insert(2, "of", [n_worst if chosen == WORST else n_requests - n_worst for chosen in table["chosen"]])
     hid = [hidden(row.collapsed, row.n, row.of) for row in table.itertuples()]
     return table.assign(
