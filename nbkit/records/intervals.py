@@ -18,7 +18,7 @@ class Mean(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}" if self.n else "n = 0"
 
 
 class Times(NamedTuple):
