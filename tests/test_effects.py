@@ -2,26 +2,11 @@
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from nbkit.records.effects import effects, in_words, wilson
-
-
-@pytest.mark.parametrize(("hits", "n"), [(0, 8), (3, 8), (8, 8), (17, 36), (1, 1)])
-def test_of_a_share_the_interval_is_scipy_s(hits, n):
-    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_of_means_over_prefixes_it_covers_at_least_as_often_as_it_says():
-    random, p, n = np.random.default_rng(0), 0.8, 12
-    means = random.binomial(3, p, (2000, n)).mean(1) / 3  # three prefixes a request
-    covered = np.mean([low <= p <= high for low, high in (wilson(mean, n) for mean in means)])
-    assert covered >= 0.95
-    assert all(math.isnan(end) for end in wilson(math.nan, 0))
+from nbkit.records.effects import effects, in_words
 
 
 def test_effects_count_collapses_and_leave_out_what_was_not_measured():

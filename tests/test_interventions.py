@@ -25,7 +25,6 @@ from nbkit.models.interventions import (
     subject_alone,
 )
 from nbkit.models.prompts import encode, find_subjects, subject_spans, tokenize
-from nbkit.records.decided import all_of, below, median_interval, unless
 from nbkit.records.results import Store
 from nbkit.studies.interventions import C_ROME, KEYS, ROME
 from nbkit.studies.method_study import MethodStudy
@@ -281,21 +280,6 @@ def test_hard_requests_are_the_first_that_collapse(tiny, requests, texts, contex
     assert hard == [requests[worst]] and normal == [requests[0 if worst else 1]]
     with pytest.raises(RequestError, match="none is a collapse one.*Take more requests"):
         studies.hard_and_normal(tiny, requests, texts, 1, 1, ratio=2 * ratio, **arguments)
-
-
-def test_medians_come_with_an_exact_interval():
-    middle, low, high = median_interval([3, 1, 2, np.inf, 5, 4, 6])
-    assert (middle, low, high) == (4, 1, np.inf)  # of seven, 1 - 2/2^7 lies between the extremes
-    assert np.isnan(median_interval([1.0, 2.0])[1])
-    with pytest.raises(ValueError, match="1 are NaN"):
-        median_interval([1.0, np.nan])
-
-
-def test_an_interval_that_holds_the_bound_decides_nothing():
-    ends = [(0.0, 0.39), (0.61, 1.0), (0.3, 0.9), (np.nan, np.nan)]
-    decided = [below(*interval, 0.5) for interval in ends]
-    assert decided == [True, False, None, None] and [unless(each) for each in decided] == [False, True, None, None]
-    assert all_of(True, True) is True and all_of(True, None) is None and all_of(None, False) is False
 
 
 def test_the_figure_has_a_row_each_and_shows_what_is_infinite():

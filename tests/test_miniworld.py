@@ -95,7 +95,7 @@ def test_the_tokenizer_is_the_same_every_time_and_loses_nothing(world, world_tok
 def test_the_committed_files_are_what_the_generator_writes(world, tmp_path):
     write_files(world, tmp_path)
     written = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
-    assert len(written) == 4 + 2 * len(KINDS)
+    assert len(written) == 5 + 2 * len(KINDS)
     for path in written:
         assert (paths.DATA / path).read_bytes() == (tmp_path / path).read_bytes(), f"{path} is not the generator's"
 
@@ -162,6 +162,22 @@ def test_paraphrases_are_other_statements_of_the_same_fact(world, requests):
         plain, behind = request.paraphrase_prompts
         assert request.text in filled and plain in filled - {request.text}
         assert any(behind.endswith(" " + text) for text in filled - {request.text, plain})
+
+
+def test_questions_are_the_same_edits_and_never_open_with_their_subject(world, lm, requests):
+    facts = {(fact.subject, fact.relation.relation_id): fact for fact in world.facts}
+    asked_of = {question(fact): fact for fact in world.facts}
+    for request, asked in zip(map(in_one_form, requests), read_requests("miniworld-questions"), strict=True):
+        same = ("case_id", "subject", "target_new", "target_true")
+        assert [getattr(asked, name) for name in same] == [getattr(request, name) for name in same]
+        fact = facts[request.subject, request.relation_id]
+        assert asked.text == question(fact) and subject_kind(lm, asked) == "later"
+        (restated,), (loc,) = asked.paraphrase_prompts, asked.neighborhood_prompts
+        assert restated in {template.replace("{}", fact.subject) for template in fact.relation.templates[2:]}
+        assert not restated.startswith(fact.subject)
+        other = asked_of[loc]
+        assert asked.neighborhood_targets == (other.object,)
+        assert other.subject != fact.subject and other.relation != fact.relation and other.object != fact.object
 
 
 def test_facts_are_read_too(world):

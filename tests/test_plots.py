@@ -58,6 +58,26 @@ def strips_frame():
     return pd.concat([single_frame().assign(key_mode="ROME"), c_rome])
 
 
+def abilities_frame():
+    """Six edited models, one of them off the scale."""
+    frame = pd.DataFrame({"damage": ["ft", "rome", "rome", "memit", "mend", "rome"]})
+    frame["ratio"] = [1.0, 1.9, 4000.0, 1.1, 1.02, math.inf]
+    frame["ability"], frame["worst"] = [1.0, 0.8, 0.0, 1.02, 0.97, -0.1], [1.0, 0.4, -0.3, 0.9, 0.8, -0.3]
+    return frame
+
+
+def weight_changes():
+    """Of a collapsing edit, and of a normal one with numbers that did not change."""
+    change = RANDOM.normal(size=(20, 40))
+    return {"collapsing": 100 * change, "normal": np.where(np.arange(40) % 4, 0.1 * change, 0)}
+
+
+def weight_panels(axes):
+    for ax, change in zip(axes, weight_changes().values(), strict=True):
+        image = plots.weight_map(change, ax, 1e-3, 1e3)
+        assert image.get_array().min() >= 1e-3
+
+
 def methods_frame():
     """Three methods; the last has no paraphrases to be asked, and one edit of it leaves nothing."""
     frames = []
@@ -356,6 +376,9 @@ FIGURES = {
     "methods": (methods_panels, 1.9, {"ncols": 2}),
     "training_by_step": (training_panels("step"), 5.0, {"nrows": 2, "ncols": 2}),
     "training_by_dose": (training_panels("opening"), 5.0, {"nrows": 2, "ncols": 2}),
+    "ability_and_worst_task": (lambda ax: plots.ability_vs_perplexity(abilities_frame(), ax), 3.0, {}),
+    "weight_histogram": (lambda ax: plots.weight_histogram(weight_changes(), ax), 2.4, {}),
+    "weight_maps": (weight_panels, 2.4, {"ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 
@@ -529,6 +552,30 @@ def test_strips_show_every_value_and_the_medians(ax):
     assert sum(len(line.get_xdata()) for line in points) == len(frame)
     medians = sorted(line.get_ydata()[0] for line in ax.lines if line.get_color() == "black")
     assert medians[-1] == 1e6 and medians[0] == 15.4 and len(medians) == 6
+
+
+def test_the_medians_of_strips_hide_no_point(ax):
+    plots.perplexity_strips(strips_frame(), ax)
+    points = [x for line in ax.lines if line.get_linestyle() == "None" for x in line.get_xdata()]
+    medians = [line.get_xdata() for line in ax.lines if line.get_color() == "black"]
+    assert not any(low <= x <= high for low, high in medians for x in points)
+
+
+def test_abilities_reach_down_to_the_worst_task(ax):
+    frame = abilities_frame()
+    plots.ability_vs_perplexity(frame, ax)
+    reach = [segment[:, 1].tolist() for segment in ax.collections[0].get_segments()]
+    assert reach == frame[["worst", "ability"]].to_numpy().tolist()
+    assert "infinite or NaN (1 of 6)" in labels_of(ax)
+
+
+def test_weight_histograms_say_median_and_share_of_zeros(ax):
+    changes = weight_changes()
+    plots.weight_histogram(changes, ax)
+    first, second = labels_of(ax)
+    assert first == f"collapsing (median {np.median(np.abs(changes['collapsing'])):.2g})" and "25% zero" in second
+    with pytest.raises(ValueError, match="no change of a weight"):
+        plots.weight_histogram({"nothing": np.zeros((2, 2))}, ax)
 
 
 def test_collapse_share_counts_infinite_and_nan_as_collapsed(ax):

@@ -82,15 +82,6 @@ def test_ability_needs_the_unedited_model_and_a_task_that_it_can_do():
         ability.abilities(ability.retained(scores().query("task == 'guess'")))
 
 
-def test_mean_ability_has_the_interval_of_a_bootstrap_over_models():
-    models = pd.DataFrame({"ability": np.random.default_rng(0).uniform(size=40)})
-    mean = ability.mean_ability(models)
-    expected = stats.bootstrap((models["ability"],), np.mean, method="percentile", rng=1).confidence_interval
-    assert mean.mean == pytest.approx(models["ability"].mean()) and mean.n == 40
-    np.testing.assert_allclose([mean.low, mean.high], expected, atol=0.01)
-    assert math.isnan(ability.mean_ability(models[:2]).low)
-
-
 def test_misjudged_models_are_those_far_from_what_perplexity_lets_expect():
     ratio = np.linspace(1, 20, 20)
     models = pd.DataFrame({"ratio": ratio, "ability": 1 - ratio / 20, "source": "usual"})

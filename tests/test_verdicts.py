@@ -1,11 +1,12 @@
 """Claims held to what was measured: the outcome over models, the table, and how the notebooks' tables are collected."""
 
+import numpy as np
 import pytest
 
 from nbkit import plots
 from nbkit.errors import MethodError
 from nbkit.records import verdicts
-from nbkit.records.verdicts import Verdict
+from nbkit.records.verdicts import Verdict, all_of, below, unless
 
 
 def claim(*holds) -> Verdict:
@@ -61,3 +62,10 @@ def test_saved_tables_are_collected_in_the_order_of_their_notebooks(tmp_path):
 
 def test_a_folder_without_verdicts_gets_no_file(tmp_path):
     assert verdicts.collect(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_an_interval_that_holds_the_bound_decides_nothing():
+    ends = [(0.0, 0.39), (0.61, 1.0), (0.3, 0.9), (np.nan, np.nan)]
+    decided = [below(*interval, 0.5) for interval in ends]
+    assert decided == [True, False, None, None] and [unless(each) for each in decided] == [False, True, None, None]
+    assert all_of(True, True) is True and all_of(True, None) is None and all_of(None, False) is False

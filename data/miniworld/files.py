@@ -2,6 +2,7 @@
 
     data/miniworld/facts.json            every fact as a CounterFact record without neighbours
     data/miniworld/requests.json         edit requests: whole CounterFact records, a third of each kind of subject
+    data/miniworld/questions.json        the same edits asked as questions: zsRE records
     data/miniworld/perplexity.json       held-out text for perplexity, in ME-PPL's schema
     data/miniworld/text.txt              training text, one line a line, for second moments
     data/tasks/KIND/{train,held_out}.jsonl   task items; data/tasks/*.yaml, written by hand, are their lm-eval tasks
@@ -15,7 +16,7 @@ from random import Random
 
 from miniworld.corpus import lines
 from miniworld.task_items import KINDS, Item, items
-from miniworld.text import Writer
+from miniworld.text import Writer, question
 from miniworld.world import RELATIONS, Fact, World
 
 N_REQUESTS = 900
@@ -122,6 +123,35 @@ def requests(world: World) -> list[dict[str, object]]:
     return chosen
 
 
+def questions(world: World) -> list[dict[str, object]]:
+    """The edit requests as zsRE records, by the same case_ids: asked as the training text asks, `text.question`.
+
+    No prompt opens with its subject. The rephrase states the fact, by a template that names the subject later; loc is
+    the question about a fact that shares neither subject nor relation nor object. Targets are those of the requests
+    without the article that some ask for: a question is answered by the object alone.
+    """
+    rng, about = Random("questions"), world.facts_about()
+    asked = []
+    for known in requests(world):
+        rewrite = known["requested_rewrite"]
+        (fact,) = [one for one in about[rewrite["subject"]] if one.relation.relation_id == rewrite["relation_id"]]
+        new, article = rewrite["target_new"]["str"], fact.relation.article
+        elsewhere = rng.choice(world.facts)
+        while {elsewhere.subject, elsewhere.relation, elsewhere.object} & {fact.subject, fact.relation, fact.object}:
+            elsewhere = rng.choice(world.facts)
+        asked.append({
+            "case_id": known["case_id"],
+            "subject": fact.subject,
+            "src": question(fact),
+            "rephrase": rng.choice(fact.relation.templates[2:]).replace("{}", fact.subject),
+            "alt": new if article is None else new.removeprefix(f"{article} "),
+            "answers": [fact.object],
+            "loc": question(elsewhere),
+            "loc_ans": elsewhere.object,
+        })  # fmt: skip
+    return asked
+
+
 def ask_for_article(record: dict[str, object], article: str) -> None:
     """Move the article that every prompt of a record's relation ends with to the targets, in place."""
     rewrite = record["requested_rewrite"]
@@ -146,6 +176,7 @@ def write_files(world: World, data: Path) -> None:
     for name, records in (
         ("facts", facts(world)),
         ("requests", requests(world)),
+        ("questions", questions(world)),
         ("perplexity", held_out_texts(world)),
     ):
         body = ",\n".join(json.dumps(item, ensure_ascii=False) for item in records)

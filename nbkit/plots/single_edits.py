@@ -54,7 +54,7 @@ def perplexity_per_edit(
 def perplexity_strips(
     frame: pd.DataFrame, ax: Axes, by: str = "subject_kind", hue: str = "key_mode", ceiling: float | None = CEILING
 ) -> Axes:
-    """Perplexities (log) as strips of points with their median: one place per `by`, one strip per `hue` in it.
+    """Perplexities (log) as strips of points, their median beside them: one place per `by`, one strip per `hue` in it.
 
     Compares variants of a method, for example ROME with C-ROME; arguments as in `perplexity_per_edit`.
     """
@@ -62,9 +62,10 @@ def perplexity_strips(
     styles, edge = group_styles(frame[hue]), Edge(frame["perplexity"], ceiling, unedited=unedited_of(frame))
     at_places, width = {name: rows for name, rows in frame.groupby(by, sort=False)}, 0.8 / len(styles)
     values = [(rows["perplexity"], rows[hue]) for rows in at_places.values()]
-    for strip in strips(values, styles, width, spread=0.3 * width):
+    for strip in strips(values, styles, width, spread=0.25 * width):
         edge.points(ax, strip.places, strip.values, strip.style, ms=3, alpha=0.8)
-        strip.median(ax, np.median(edge.place(strip.values)[0]), reach=0.4 * width, zorder=4)
+        median = np.median(edge.place(strip.values)[0])  # a bar over points that are all alike would hide them
+        ax.plot([strip.middle + 0.32 * width, strip.middle + 0.48 * width], [median] * 2, **MEDIAN)
     handles = [*group_handles(styles), Line2D([], [], label="median", **MEDIAN)]
     handles += unedited_line(frame, ax.axhline, zorder=1) + edge.finish(ax)
     counts = [rows[hue].value_counts().max() for rows in at_places.values()]

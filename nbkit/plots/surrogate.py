@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from nbkit.plots.points import CEILING, Edge
 from nbkit.plots.style import BLACK, GREY, REFERENCE, columns, group_handles, group_styles, legend_above, log_axis
@@ -39,12 +40,17 @@ def ability_vs_perplexity(
     """Ability kept against perplexity over the unedited model's (log), with Spearman's rho and its bootstrap interval.
 
     Args:
-        frame: one row a model: ratio, ability (1 for the unedited model, 0 for guessing) and damage, the group.
+        frame: one row a model: ratio, ability (1 for the unedited model, 0 for guessing) and damage, the group; with a
+            column worst, a line reaches down to what is kept of the task that has lost most.
         collapse_ratio: where a vertical line stands. styles: as in `group_styles`, to have figures alike.
         seed: of the bootstrap. ceiling: ratios above it, and infinite or NaN ones, are hollow triangles at the edge.
     """
     columns(frame, "ratio", "ability", "damage")
     handles = _points(frame, ax, "ability", styles, ceiling)
+    if "worst" in frame:
+        x, _ = Edge(frame["ratio"], ceiling, along="x").place(frame["ratio"])
+        ax.vlines(x, frame["worst"], frame["ability"], color=GREY, lw=0.6, alpha=0.6, zorder=1)
+        handles.append(Line2D([], [], color=GREY, lw=0.6, label="down to the task that lost most"))
     handles.append(ax.axhline(1, zorder=1, label="unedited", **WHOLE))
     handles.append(ax.axhline(0, zorder=1, label="guessing", **REFERENCE))
     if collapse_ratio is not None:

@@ -8,8 +8,6 @@ where it has to be written. A task counts only where the unedited model is above
 errors. Needs no torch.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 from sklearn.isotonic import IsotonicRegression
@@ -60,25 +58,6 @@ def abilities(scores: pd.DataFrame) -> pd.DataFrame:
             "n_tasks": by_model.size(),
         })
     ).reset_index()  # fmt: skip
-
-
-class Mean(NamedTuple):
-    """The mean over n models and its 95 % bootstrap interval over them; NaN for fewer than three models."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_ability(models: pd.DataFrame, seed: int = 0, n_resamples: int = 2000) -> Mean:
-    """The mean ability of these models, of `abilities`."""
-    values = models["ability"].to_numpy(float)
-    if len(values) < 3:
-        return Mean(np.nan, np.nan, np.nan, len(values))
-    drawn = np.random.default_rng(seed).choice(values, (n_resamples, len(values)))
-    low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
-    return Mean(float(values.mean()), float(low), float(high), len(values))
 
 
 def misjudged(models: pd.DataFrame, n: int = 5) -> pd.DataFrame:

@@ -4,25 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from nbkit.records.collapse import outcomes
+from nbkit.records.intervals import wilson
 
 COLLAPSED = "collapsed"
-
-
-def wilson(mean: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a mean of n values between 0 and 1; for a share of n, scipy's.
-
-    Of values that are not only 0 and 1 (each a mean over prefixes, say) it is too wide rather than too narrow, since
-    none in [0, 1] vary more than those. NaN for n = 0.
-    """
-    if not n:
-        return np.nan, np.nan
-    z = stats.norm.ppf((1 + level) / 2)
-    middle = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-    return float(max(middle - reach, 0.0)), float(min(middle + reach, 1.0))
 
 
 def effects(frame: pd.DataFrame, by: Sequence[str], scores: Mapping[str, str], ratio: float = 10.0) -> pd.DataFrame:

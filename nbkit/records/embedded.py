@@ -18,6 +18,7 @@ class World:
     """The files of one made-up world."""
 
     requests: str  # to edit, and held out from the training of MEND
+    questions: str  # the same edits asked as questions, their subject never first
     facts: str  # all of them, as requests
     texts: str  # held out, for perplexity
     training_texts: str  # one a line, for second moments and the training of MEND
@@ -25,7 +26,11 @@ class World:
 
 WORLDS = {
     "miniworld": World(
-        "miniworld/requests.json", "miniworld/facts.json", "miniworld/perplexity.json", "miniworld/text.txt"
+        "miniworld/requests.json",
+        "miniworld/questions.json",
+        "miniworld/facts.json",
+        "miniworld/perplexity.json",
+        "miniworld/text.txt",
     )
 }
 # name, below data/models -> the world that it was trained on
@@ -33,6 +38,7 @@ MODELS = {"miniworld-gpt2": "miniworld", "miniworld-llama": "miniworld", "miniwo
 
 # what `read_requests` and `read_texts` know by name
 REQUESTS = {name: world.requests for name, world in WORLDS.items()}
+REQUESTS |= {f"{name}-questions": world.questions for name, world in WORLDS.items()}
 REQUESTS |= {f"{name}-facts": world.facts for name, world in WORLDS.items()}
 TEXTS = {name: world.texts for name, world in WORLDS.items()}
 TEXTS |= {f"{name}-training": world.training_texts for name, world in WORLDS.items()}

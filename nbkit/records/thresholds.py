@@ -8,9 +8,10 @@ A threshold that is chosen and tried on the same models is better than it will b
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import StratifiedShuffleSplit
+
+from nbkit.records.intervals import wilson
 
 COLUMNS = ["threshold", "found", "found_low", "found_high", "lost",
            "false_alarms", "false_alarms_low", "false_alarms_high", "kept"]  # fmt: skip
@@ -60,5 +61,4 @@ def over_splits(splits: pd.DataFrame) -> pd.DataFrame:
 
 
 def _share(hits: np.ndarray) -> tuple[float, float, float, int]:
-    interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return float(hits.mean()), interval.low, interval.high, len(hits)
+    return float(hits.mean()), *wilson(hits.mean(), len(hits)), len(hits)

@@ -6,7 +6,7 @@
     plots.save_verdicts([verdict], "01_verdicts", caption)
 
 The rule is written down beside the claim, and a notebook computes `holds` from its rows by that rule: no verdict is
-typed in. What was not measured has none.
+typed in. What was not measured has none, and what an interval leaves open (`below`, `unless`, `all_of`: None) neither.
 """
 
 import re
@@ -116,3 +116,18 @@ def in_short(tables: Sequence[Path]) -> str:
 
 def _cell(value: str) -> str:
     return re.sub(r"\s+", " ", value).replace("|", "\\|")
+
+
+def below(low: float, high: float, bound: float) -> bool | None:
+    """Whether an interval lies below a bound (True) or above it (False); None where it holds it, or is NaN."""
+    return True if high < bound else False if low > bound else None
+
+
+def unless(decided: bool | None) -> bool | None:
+    """The opposite; what is open stays open."""
+    return None if decided is None else not decided
+
+
+def all_of(*parts: bool | None) -> bool | None:
+    """Whether all hold: False as soon as one does not, None while one is open."""
+    return False if False in parts else None if None in parts else True
