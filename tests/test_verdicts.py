@@ -1,5 +1,7 @@
 """Claims held to what was measured: the outcome over models, the table, and how the notebooks' tables are collected."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -34,8 +36,6 @@ def test_a_claim_holds_where_all_measured_models_agree(holds, outcome):
 
 
 def test_a_verdict_takes_numpy_truth_and_refuses_other_words():
-    import numpy as np
-
     assert claim(np.bool_(False)).outcome == "does not hold"
     with pytest.raises(MethodError, match="holds must be"):
         claim("mostly")
@@ -57,11 +57,18 @@ def test_saved_tables_are_collected_in_the_order_of_their_notebooks(tmp_path):
     assert text.index("## 01\n") < text.index("n = 9, of 01_verdicts.") < text.index("## 03\n")
     assert "no verdict" not in text
     rows = [line for line in text.splitlines() if line.startswith("| Edits")]
-    assert rows and all(line.replace("\\|", "").count("|") == 6 for line in rows)
+    assert [line.replace("\\|", "").count("|") for line in rows] == [4, 4, 6, 6]
+    assert rows[1] == "| Edits collapse \\| it (A, fig. 1) | holds | `03` |"
 
 
 def test_a_folder_without_verdicts_gets_no_file(tmp_path):
     assert verdicts.collect(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_the_readme_shows_the_verdicts_of_the_committed_figures():
+    root = Path(__file__).parent.parent
+    table = verdicts.in_short(sorted((root / "figures").glob("*_verdicts.md")))
+    assert table in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_interval_that_holds_the_bound_decides_nothing():
