@@ -207,6 +207,7 @@ class _Pass:
 
 
 def _begin(state: _Pass, _model: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    """Notes what a pass through the whole model reads, and leaves it as it is."""
     tokens, state.rows, state.masks = named.get("input_ids"), None, {}
     if tokens is not None:
         real = named.get("attention_mask")
@@ -215,7 +216,15 @@ def _begin(state: _Pass, _model: nn.Module, inputs: tuple, named: dict) -> tuple
     return inputs, named
 
 
-def _hide(lm: LanguageModel, state: _Pass, hidden, block: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+def _hide(
+    lm: LanguageModel,
+    state: _Pass,
+    hidden: Callable[[_Rows, int], Tensor],
+    block: nn.Module,
+    inputs: tuple,
+    named: dict,
+) -> tuple[tuple, dict]:
+    """A block's arguments with the changed mask; those of a block that is called by itself as they are."""
     given = arguments_of(block, inputs, named)
     cache = next((given[name] for name in CACHES if name in given), None)
     if isinstance(cache, Handed) or state.rows is None:

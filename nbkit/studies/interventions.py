@@ -1,8 +1,9 @@
 """What makes an edit of ROME collapse the model: edits computed with one thing changed at a time.
 
     hard, normal = hard_and_normal(lm, requests, texts, n_hard=10, n_normal=10)
-    frame = intervened_edits(lm, hard + normal, texts, standard_interventions(lm))
-    layers = first_tokens_by_layer(lm, hard + normal, range(lm.n_layers), "The door was open. ")
+    sentence = "The door was open. "
+    frame = intervened_edits(lm, hard + normal, texts, standard_interventions(lm, sentence, position=8))
+    layers = first_tokens_by_layer(lm, hard + normal, range(lm.n_layers), sentence)
 
 The change is there while keys and v* are computed, and gone when the edited model is measured; what the change itself
 does to the unedited model's perplexity stands beside that. Where only the formula has other keys, v* is ROME's own.
