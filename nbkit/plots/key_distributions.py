@@ -19,7 +19,7 @@ from nbkit.plots.style import (
     log_axis,
     percent_axis,
 )
-from nbkit.records.medians import median_interval
+from nbkit.records.decided import median_interval
 
 VECTORS = {"$k_u$": "o", r"$\bar{k}$": "^", r"$C^{-1}\bar{k}$": "s"}  # the same in every map
 MARKERS = "o^sDvP*"

@@ -1,4 +1,4 @@
-"""A median with how sure it is, for tables and verdicts. Needs no torch."""
+"""What an interval decides, and what it leaves open: medians with theirs, for tables and verdicts. Needs no torch."""
 
 from collections.abc import Sequence
 
@@ -23,3 +23,18 @@ def median_in_words(values: Sequence[float]) -> str:
     """ "0.108 [0.05, 0.3]": the median and its 95 % interval."""
     middle, low, high = median_interval(values)
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def below(low: float, high: float, bound: float) -> bool | None:
+    """Whether an interval lies below a bound (True) or above it (False); None where it holds it, or is NaN."""
+    return True if high < bound else False if low > bound else None
+
+
+def unless(decided: bool | None) -> bool | None:
+    """The opposite; what is open stays open."""
+    return None if decided is None else not decided
+
+
+def all_of(*parts: bool | None) -> bool | None:
+    """Whether all hold: False as soon as one does not, None while one is open."""
+    return False if False in parts else None if None in parts else True
