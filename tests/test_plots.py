@@ -525,6 +525,20 @@ def test_every_model_is_a_point_of_its_kind_of_damage_and_the_unedited_one_a_lin
     assert ax.get_xscale() == "log" and ax.get_ylabel() == "Accuracy" and ax.get_ylim() == (-0.04, 1.04)
 
 
+def test_a_kind_of_damage_looks_alike_wherever_it_is_drawn():
+    frame = task_frame("a", "b")
+    without = frame["task"].eq("b") & frame["damage"].isin(["single edit", "scaled edit"])
+    fig, axes = plt.subplots(1, 3)
+    shown = plots.perplexity_vs_tasks(frame[~without], axes)
+    looks = [
+        {text.get_text(): (line.get_color(), line.get_marker())
+         for text, line in zip(ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True)}
+        for ax in shown
+    ]  # fmt: skip
+    assert looks[1]["noise"] == looks[0]["noise"] and "single edit" in looks[0] and "single edit" not in looks[1]
+    assert len(fig.axes) == 2
+
+
 def test_a_task_whose_answers_are_written_has_no_line_of_guessing(ax):
     plots.perplexity_vs_task(task_frame("open_qa").assign(choice=False), ax)
     assert "guessing" not in labels_of(ax) and "unedited" in labels_of(ax)
