@@ -376,7 +376,7 @@ FIGURES = {
     "methods": (methods_panels, 1.9, {"ncols": 2}),
     "training_by_step": (training_panels("step"), 5.0, {"nrows": 2, "ncols": 2}),
     "training_by_dose": (training_panels("opening"), 5.0, {"nrows": 2, "ncols": 2}),
-    "ability_and_worst_task": (lambda ax: plots.ability_vs_perplexity(abilities_frame(), ax), 3.0, {}),
+    "ability_and_worst_task": (lambda ax: plots.ability_vs_perplexity(abilities_frame(), ax, worst=True), 3.0, {}),
     "weight_histogram": (lambda ax: plots.weight_histogram(weight_changes(), ax), 2.4, {}),
     "weight_maps": (weight_panels, 2.4, {"ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
@@ -563,7 +563,7 @@ def test_the_medians_of_strips_hide_no_point(ax):
 
 def test_abilities_reach_down_to_the_worst_task(ax):
     frame = abilities_frame()
-    plots.ability_vs_perplexity(frame, ax)
+    plots.ability_vs_perplexity(frame, ax, worst=True)
     reach = [segment[:, 1].tolist() for segment in ax.collections[0].get_segments()]
     assert reach == frame[["worst", "ability"]].to_numpy().tolist()
     assert "infinite or NaN (1 of 6)" in labels_of(ax)
@@ -619,6 +619,20 @@ def test_every_model_is_a_point_of_its_kind_of_damage_and_the_unedited_one_a_lin
     assert levels["unedited"] == {frame["score"].iloc[0]} and levels["guessing"] == {0.25}
     assert "infinite or NaN (2 of 11)" in labels_of(ax)
     assert ax.get_xscale() == "log" and ax.get_ylabel() == "Accuracy" and ax.get_ylim() == (-0.04, 1.04)
+
+
+def test_a_kind_of_damage_looks_alike_wherever_it_is_drawn():
+    frame = task_frame("a", "b")
+    without = frame["task"].eq("b") & frame["damage"].isin(["single edit", "scaled edit"])
+    fig, axes = plt.subplots(1, 3)
+    shown = plots.perplexity_vs_tasks(frame[~without], axes)
+    looks = [
+        {text.get_text(): (line.get_color(), line.get_marker())
+         for text, line in zip(ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True)}
+        for ax in shown
+    ]  # fmt: skip
+    assert looks[1]["noise"] == looks[0]["noise"] and "single edit" in looks[0] and "single edit" not in looks[1]
+    assert len(fig.axes) == 2
 
 
 def test_a_task_whose_answers_are_written_has_no_line_of_guessing(ax):

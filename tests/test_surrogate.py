@@ -45,10 +45,12 @@ def test_models_are_drawn_evenly_from_bins_and_sources_and_never_twice_of_one_dr
     assert first.max() <= 2, "sources take turns, though two thirds of the candidates are of one"
 
 
-def test_all_are_taken_where_fewer_are_there():
+def test_a_bin_does_not_make_up_for_all_that_others_lack():
     rows = candidates(30)
-    assert len(selection.stratified(rows, 100)) == rows["draw"].nunique()
-    assert selection.stratified(rows.assign(draw=range(30)), 100) == list(range(30))
+    assert selection.stratified(rows.assign(draw=range(30)), 300) == list(range(30))
+    assert len(selection.stratified(rows, 300)) == rows["draw"].nunique()
+    whole = rows.assign(perplexity=[4.0] * 29 + [40], draw=range(30))
+    assert selection.selected(whole, selection.stratified(whole, 20))["selected"].tolist() == [4, *[0] * 7, 1, 0]
 
 
 def scores() -> pd.DataFrame:

@@ -153,11 +153,13 @@ def test_a_pool_is_drawn_source_by_source_and_looks_at_nothing(requests):
     everything = studies.pool(lm, some, n_each=8, n_edits=6, layers=[3])
     assert {one.source for one in everything} == set(SOURCES) == set(KINDS)
     of = {source: [one for one in everything if one.source == source] for source in SOURCES}
-    assert {len(each) for each in of.values()} == {8}
+    assert {source: len(each) for source, each in of.items()} == {
+        source: 24 if source == "noise" or source.endswith("scaled") else 8 for source in SOURCES
+    }
     alone = studies.pool(lm, some, n_each=8, n_edits=6, layers=[3], sources=["ROME sequence", "noise"])
     assert [one.key for one in alone] == [one.key for one in of["ROME sequence"] + of["noise"]]
     assert [one.requests for one in of["ROME"]] == [one.requests for one in of["KN"]]
-    assert [one.draw for one in of["ROME scaled"]] == [one.draw for one in of["ROME"]]
+    assert [one.draw for one in of["ROME scaled"][::3]] == [one.draw for one in of["ROME"]]
     assert {one.settings.get("layer") for one in of["ROME"]} == {None, 3}
     assert all(FACTORS[0] <= one.arguments["factor"] <= FACTORS[1] for one in of["ROME scaled"])
     assert all(NOISES[0] <= one.relative_norm <= NOISES[1] for one in of["noise"])
@@ -173,7 +175,7 @@ def test_a_pool_leaves_out_what_the_model_cannot_have_and_refuses_what_is_unknow
     with pytest.raises(MethodError, match="n_each must be a whole number from 1 on and up to 3"):
         studies.pool(tiny, requests, n_each=4, n_edits=2)
     found = studies.pool(tiny, requests, n_each=2, n_edits=2, sources=["MEND", "noise"])
-    assert [one.source for one in found] == ["noise", "noise"]
+    assert [one.source for one in found] == ["noise"] * 6
 
 
 def test_settings_of_a_pool_have_second_moments_for_all_its_layers(tiny, texts, tmp_path, monkeypatch):

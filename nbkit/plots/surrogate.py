@@ -1,6 +1,6 @@
 """Perplexity as a stand-in for task scores: one point a damaged model, coloured by what was done to it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,22 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from nbkit.plots.points import CEILING, Edge
-from nbkit.plots.style import BLACK, GREY, REFERENCE, columns, group_handles, group_styles, legend_above, log_axis
+from nbkit.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    REFERENCE,
+    SKY,
+    VERMILION,
+    columns,
+    group_handles,
+    group_styles,
+    legend_above,
+    log_axis,
+)
 from nbkit.records.correlation import Correlation, spearman
 
 METRICS = {  # name of the metric, None where the rows have none: label of the axis
@@ -18,6 +33,14 @@ METRICS = {  # name of the metric, None where the rows have none: label of the a
     "exact_match": "Exact match",
     "f1": "F1",
     "rougeL": "ROUGE-L",
+}
+DAMAGES = {  # the kinds of `studies.treatment_pool.KINDS`, alike in all panels and figures; others take what is left
+    "single edit": (BLUE, "o"),
+    "scaled edit": (VERMILION, "D"),
+    "RECT or PRUNE": (GREEN, "s"),
+    "sequence": (PURPLE, "v"),
+    "batch": (SKY, "X"),
+    "noise": (ORANGE, "P"),
 }
 RATIO = "Perplexity ratio"  # to the unedited model's
 WHOLE = {"color": BLACK, "lw": 0.8}  # the level of the unedited model: a line, which hides no point
@@ -33,21 +56,21 @@ def ability_vs_perplexity(
     frame: pd.DataFrame,
     ax: Axes,
     collapse_ratio: float | None = None,
-    styles: Mapping | None = None,
     seed: int = 0,
     ceiling: float | None = CEILING,
+    worst: bool = False,
 ) -> Axes:
     """Ability kept against perplexity over the unedited model's (log), with Spearman's rho and its bootstrap interval.
 
     Args:
-        frame: one row a model: ratio, ability (1 for the unedited model, 0 for guessing) and damage, the group; with a
-            column worst, a line reaches down to what is kept of the task that has lost most.
-        collapse_ratio: where a vertical line stands. styles: as in `group_styles`, to have figures alike.
+        frame: one row a model: ratio, ability (1 for the unedited model, 0 for guessing) and damage, the group.
+        collapse_ratio: where a vertical line stands.
         seed: of the bootstrap. ceiling: ratios above it, and infinite or NaN ones, are hollow triangles at the edge.
+        worst: whether a line reaches down to the column worst, what is kept of the task that has lost most.
     """
-    columns(frame, "ratio", "ability", "damage")
-    handles = _points(frame, ax, "ability", styles, ceiling)
-    if "worst" in frame:
+    columns(frame, "ratio", "ability", "damage", *(["worst"] if worst else []))
+    handles = _points(frame, ax, "ability", ceiling)
+    if worst:
         x, _ = Edge(frame["ratio"], ceiling, along="x").place(frame["ratio"])
         ax.vlines(x, frame["worst"], frame["ability"], color=GREY, lw=0.6, alpha=0.6, zorder=1)
         handles.append(Line2D([], [], color=GREY, lw=0.6, label="down to the task that lost most"))
@@ -63,7 +86,6 @@ def ability_vs_perplexity(
 def perplexity_vs_task(
     frame: pd.DataFrame,
     ax: Axes,
-    styles: Mapping | None = None,
     seed: int = 0,
     ceiling: float | None = CEILING,
 ) -> Axes:
@@ -72,14 +94,14 @@ def perplexity_vs_task(
     Args:
         frame: rows of one task and one model from `studies.treated_scores`, with ratio and damage added: the unedited
             model's row (edited False) is a line and no part of rho; chance is one where answers are chosen (`choice`).
-        styles, seed, ceiling: as in `ability_vs_perplexity`.
+        seed, ceiling: as in `ability_vs_perplexity`.
     """
     columns(frame, "ratio", "task", "score", "damage")
     if frame["task"].nunique() != 1:
         raise ValueError(f"one panel shows one task, the frame has {frame['task'].nunique()}: see perplexity_vs_tasks")
     edited = frame["edited"].to_numpy(bool) if "edited" in frame else np.ones(len(frame), bool)
     models = frame[edited]
-    handles = _points(models, ax, "score", styles, ceiling)
+    handles = _points(models, ax, "score", ceiling)
     if not edited.all():
         handles.append(ax.axhline(frame["score"][~edited].iloc[0], zorder=1, label="unedited", **WHOLE))
     if "choice" in frame and frame["choice"].iloc[0] and frame["chance"].notna().any():
@@ -104,16 +126,16 @@ def perplexity_vs_tasks(
     axes, tasks = list(np.ravel(np.asarray(axes, object))), list(dict.fromkeys(frame["task"]))
     if len(axes) < len(tasks):
         raise ValueError(f"{len(tasks)} tasks need as many axes, not {len(axes)}")
-    edited = frame["edited"].to_numpy(bool) if "edited" in frame else np.ones(len(frame), bool)
-    styles = group_styles(frame["damage"][edited])
     shown, spare = axes[: len(tasks)], axes[len(tasks) :]
     for ax in spare:
         ax.remove()
     for i, (ax, task) in enumerate(zip(shown, tasks, strict=True)):
-        perplexity_vs_task(frame[frame["task"] == task], ax, styles=styles, seed=seed, ceiling=ceiling)
+        perplexity_vs_task(frame[frame["task"] == task], ax, seed=seed, ceiling=ceiling)
         grid = ax.get_subplotspec()
         if grid is not None and i + grid.get_gridspec().ncols < len(tasks):
             ax.set_xlabel("")
+        else:
+            ax.tick_params(labelbottom=True)  # where axes are shared, and a spare one was below
     return shown
 
 
@@ -138,14 +160,16 @@ def rho_by_text(frame: pd.DataFrame, ax: Axes) -> Axes:
     return legend_above(ax, handles, ncols=1)
 
 
-def _points(frame: pd.DataFrame, ax: Axes, y: str, styles: Mapping | None, ceiling: float | None) -> list:
-    """The models as points, by group; the legend's entries."""
-    styles = group_styles(frame["damage"]) if styles is None else styles
+def _points(frame: pd.DataFrame, ax: Axes, y: str, ceiling: float | None) -> list:
+    """The models as points, by kind of damage; the legend's entries."""
+    there = set(frame["damage"])
+    others = group_styles(name for name in frame["damage"] if name not in DAMAGES)
+    styles = {name: style for name, style in (DAMAGES | others).items() if name in there}
     edge = Edge(frame["ratio"], ceiling, along="x")
     for name, style in styles.items():
         rows = frame[frame["damage"] == name]
         edge.points(ax, rows[y].to_numpy(float), rows["ratio"], style, ms=3.2, alpha=0.8, zorder=2)
-    handles = group_handles({name: style for name, style in styles.items() if (frame["damage"] == name).any()})
+    handles = group_handles(styles)
     handles += edge.finish(ax)
     log_axis(ax.xaxis)
     return handles

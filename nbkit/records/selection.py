@@ -8,6 +8,7 @@ from the least to the largest perplexity would be mostly wrecks, over which any 
 torch.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ def bins(rows: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.Series:
 
 
 def stratified(rows: pd.DataFrame, n: int, edges: Sequence[float] = EDGES, seed: int = 0) -> list[int]:
-    """Places of `n` rows, or of fewer where there are no more.
+    """Places of `n` rows, or of fewer: no bin gives more than twice its even share, to make up for one that has none.
 
     Bins take turns, in random order, each giving one row; within a bin its sources take turns, in random order, each
     giving a random row. Of rows of the same draw (one sequence, one edit scaled) only one is taken, so that what is
@@ -47,9 +48,9 @@ def stratified(rows: pd.DataFrame, n: int, edges: Sequence[float] = EDGES, seed:
     waiting: dict[str, dict[str, list[int]]] = {}
     for place in random.permutation(len(rows)).tolist():
         waiting.setdefault(of_bin.iloc[place], {}).setdefault(rows["source"].iloc[place], []).append(place)
-    chosen, taken = [], set()
-    while waiting and len(chosen) < n:
-        for name in random.permutation(sorted(waiting)).tolist():
+    chosen, taken, most = [], set(), math.ceil(2 * n / len(of_bin.cat.categories))
+    for _ in range(most):
+        for name in random.permutation(sorted(waiting)).tolist() if waiting else ():
             place = _next(waiting[name], rows["draw"], taken)
             if place is None:
                 del waiting[name]

@@ -3,9 +3,10 @@
     treatments = pool(lm, requests, n_each=16, seed=0)
     pd.Series([one.source for one in treatments]).value_counts()
 
-Every source gives the same number of treatments, of sequences a multiple of `STOPS`. All single edits are of the same
-requests, so that sources differ in what is done and not in what is edited. Strengths (how much of an edit, how many
-edits, how much noise) are drawn evenly on a log scale, over a range from next to nothing to a wreck.
+Every source gives the same number of treatments, of sequences a multiple of `STOPS`; scaled edits and noise, which cost
+next to nothing and can be of any strength, `STRENGTHS` times as many. All single edits are of the same requests, so
+that sources differ in what is done and not in what is edited. Strengths (how much of an edit, how many edits, how much
+noise) are drawn evenly on a log scale, over a range in which perplexity goes from unchanged to a wreck's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,17 +29,18 @@ from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest, read_texts
 from nbkit.studies.treatments import Treatment
 
-FACTORS = (0.1, 10.0)  # of an edit's update, by which it is scaled
+FACTORS = (0.1, 30.0)  # of an edit's update, by which it is scaled
 KEPT = (0.1, 0.9)  # share of the entries that RECT keeps
-NOISES = (0.1, 10.0)  # norm of the noise, relative to the weight's
+NOISES = (0.3, 5.0)  # norm of the noise, relative to the weight's
 STOPS = 4  # treatments of each sequence
+STRENGTHS = 3  # factors of each scaled edit; noises for every treatment of another source
 TITLES = {"ft": "FT", "kn": "KN", "mend": "MEND", "rome": "ROME", "memit": "MEMIT", "emmet": "EMMET",
           "alphaedit": "AlphaEdit"}  # fmt: skip
-ROME_SCALED, ROME_RECT, NOISE = "ROME scaled", "ROME with RECT", "noise"
+ROME_RECT, NOISE = "ROME with RECT", "noise"
 PRUNED = "ROME sequence with PRUNE"
 KINDS = {  # source: what kind of damage it is
     **dict.fromkeys(TITLES.values(), "single edit"),
-    ROME_SCALED: "scaled edit",
+    **{f"{TITLES[method]} scaled": "scaled edit" for method in ("ft", "rome", "memit")},
     ROME_RECT: "RECT or PRUNE",
     PRUNED: "RECT or PRUNE",
     **{f"{TITLES[method]} sequence": "sequence" for method in ("ft", "kn", "rome", "memit")},
@@ -59,8 +61,8 @@ def pool(
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Treatment]:
-    """`n_each` treatments of every source (of sequences, at most), each source's drawn by a generator of its own, so
-    that another source changes none of the rest.
+    """`n_each` treatments of every source (the module says of which more or fewer), each source's drawn by a generator
+    of its own, so that another source changes none of the rest.
 
     Args:
         requests: that all are drawn from, without order. n_edits: the most in a sequence or batch, and in a sequence
@@ -128,7 +130,7 @@ class _Drawing:
         methods = {title: method for method, title in TITLES.items()}
         random, first = self.random(source), source.split()[0]
         if source == NOISE:
-            for norm in _evenly(random, *NOISES, self.n_each):
+            for norm in _evenly(random, *NOISES, STRENGTHS * self.n_each).tolist():
                 yield Treatment(source, "noise", relative_norm=norm, seed=int(random.integers(2**31)))
         elif source.endswith("sequence"):
             yield from self.sequences(source, methods[first])
@@ -140,11 +142,13 @@ class _Drawing:
                 yield Treatment(source, "batch", methods[first], self.some(random, size), self.given(methods[first]))
         elif methods[first] != "mend" or self.has_mend():
             for one in self.singles(source, methods[first]):
-                regularised = {ROME_SCALED: ("scale", "factor", FACTORS), ROME_RECT: ("rect", "keep", KEPT)}.get(source)
-                if regularised is not None:
-                    name, argument, bounds = regularised
-                    one = replace(one, regulariser=name, arguments={argument: float(_evenly(random, *bounds))})
-                yield one
+                if source.endswith("scaled"):
+                    for factor in _evenly(random, *FACTORS, STRENGTHS).tolist():
+                        yield replace(one, regulariser="scale", arguments={"factor": factor})
+                elif source == ROME_RECT:
+                    yield replace(one, regulariser="rect", arguments={"keep": float(_evenly(random, *KEPT))})
+                else:
+                    yield one
 
     def singles(self, source: str, method: str) -> Iterator[Treatment]:
         """Of the same requests for all methods, and in the same layers for all sources of a method."""
