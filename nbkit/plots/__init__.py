@@ -8,7 +8,7 @@
 No torch is imported here: figures can be drawn from stored rows anywhere.
 """
 
-from nbkit.plots.abilities import perplexity_vs_ability, weight_histogram, weight_map
+from nbkit.plots.abilities import perplexity_vs_ability, weight_map, weights_above
 from nbkit.plots.captions import sources
 from nbkit.plots.key_distributions import (
     embedding_scatter,
