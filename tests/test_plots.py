@@ -377,7 +377,7 @@ FIGURES = {
     "training_by_step": (training_panels("step"), 5.0, {"nrows": 2, "ncols": 2}),
     "training_by_dose": (training_panels("opening"), 5.0, {"nrows": 2, "ncols": 2}),
     "ability_and_worst_task": (lambda ax: plots.ability_vs_perplexity(abilities_frame(), ax, worst=True), 3.0, {}),
-    "weight_histogram": (lambda ax: plots.weight_histogram(weight_changes(), ax), 2.4, {}),
+    "weights_above": (lambda ax: plots.weights_above(weight_changes(), ax), 2.4, {}),
     "weight_maps": (weight_panels, 2.4, {"ncols": 2}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
@@ -569,13 +569,15 @@ def test_abilities_reach_down_to_the_worst_task(ax):
     assert "infinite or NaN (1 of 6)" in labels_of(ax)
 
 
-def test_weight_histograms_say_median_and_share_of_zeros(ax):
+def test_weights_above_is_the_share_of_numbers_larger_than_a_size(ax):
     changes = weight_changes()
-    plots.weight_histogram(changes, ax)
-    first, second = labels_of(ax)
-    assert first == f"collapsing (median {np.median(np.abs(changes['collapsing'])):.2g})" and "25% zero" in second
+    plots.weights_above(changes, ax)
+    for line, change in zip(ax.lines, changes.values(), strict=True):
+        for size, share in list(zip(*line.get_data(), strict=True))[::37]:
+            assert share == pytest.approx((np.abs(change) > size).mean())
+    assert labels_of(ax)[0] == f"collapsing (largest {np.abs(changes['collapsing']).max():.2g})"
     with pytest.raises(ValueError, match="no change of a weight"):
-        plots.weight_histogram({"nothing": np.zeros((2, 2))}, ax)
+        plots.weights_above({"nothing": np.zeros((2, 2))}, ax)
 
 
 def test_collapse_share_counts_infinite_and_nan_as_collapsed(ax):

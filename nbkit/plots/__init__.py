@@ -54,4 +54,4 @@ from nbkit.plots.style import (
 from nbkit.plots.surrogate import ability_vs_perplexity, perplexity_vs_task, perplexity_vs_tasks, rho_by_text
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 from nbkit.plots.training import collapse_over, median_over, training_panels, value_over
-from nbkit.plots.weights import weight_histogram, weight_map
+from nbkit.plots.weights import weight_map, weights_above

@@ -29,7 +29,7 @@ class Times(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.ratio:.3g}-fold [{self.low:.3g}, {self.high:.3g}]"
+        return "too few" if np.isnan(self.ratio) else f"{self.ratio:.3g}-fold [{self.low:.3g}, {self.high:.3g}]"
 
 
 def wilson(mean: float, n: int, level: float = 0.95) -> tuple[float, float]:
