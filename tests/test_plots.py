@@ -572,8 +572,8 @@ def test_abilities_reach_down_to_the_worst_task(ax):
 def test_weights_above_is_the_share_of_numbers_larger_than_a_size(ax):
     changes = weight_changes()
     plots.weights_above(changes, ax)
-    for line, change in zip(ax.lines, changes.values(), strict=True):
-        for size, share in list(zip(*line.get_data(), strict=True))[::37]:
+    for curve, change in zip(ax.lines, changes.values(), strict=True):
+        for size, share in list(zip(*curve.get_data(), strict=True))[::37]:
             assert share == pytest.approx((np.abs(change) > size).mean())
     assert labels_of(ax)[0] == f"collapsing (largest {np.abs(changes['collapsing']).max():.2g})"
     with pytest.raises(ValueError, match="no change of a weight"):
