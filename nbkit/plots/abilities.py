@@ -55,7 +55,6 @@ def perplexity_vs_ability(
     for level in (0, 1):
         ax.axhline(level, color=GREY, lw=0.5, zorder=0)
     handles += edge.finish(ax)
-    ax.set_xlim(left=min(0.9, float(np.min(x)) * 0.9))
     log_axis(ax.xaxis)
     ax.set(xlabel="Perplexity, times the unedited", ylabel="Tasks retained\n(1: unharmed, 0: guessing)")
     return legend_above(ax, handles)
