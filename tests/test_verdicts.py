@@ -27,8 +27,8 @@ def claim(*holds) -> Verdict:
         ([True, "partly"], "partly"),
         (["partly"], "partly"),
         ([True, None], "holds"),
-        ([None], "not measured"),
-        ([], "not measured"),
+        ([None], "undecided"),
+        ([], "undecided"),
     ],
 )
 def test_a_claim_holds_where_all_measured_models_agree(holds, outcome):

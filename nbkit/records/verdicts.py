@@ -21,7 +21,7 @@ from nbkit.records.files import write_atomically
 from nbkit.records.text_files import read_text
 
 HOLDS, PARTLY, NOT = "holds", "partly", "does not hold"
-NOT_MEASURED = "not measured"
+UNDECIDED = "undecided"
 COLUMNS = ["claim", "published", "holds where", "measured here", "verdict"]
 
 
@@ -41,12 +41,13 @@ class Verdict:
     def of(self, model: str, measured: str, holds: bool | str | None) -> "Verdict":
         """Puts down what was measured on one model, with its interval, and whether the claim holds there by the rule.
 
-        holds: True, False, "partly", or None where it could not be measured. Returns the verdict itself.
+        holds: True, False, "partly", or None where it could not be measured, or where what was measured leaves it open.
+        Returns the verdict itself.
         """
-        words = {True: HOLDS, False: NOT, None: NOT_MEASURED}
+        words = {True: HOLDS, False: NOT, None: UNDECIDED}
         if not isinstance(holds, str):
             holds = words[None if holds is None else bool(holds)]
-        check_choice("holds", holds, (HOLDS, PARTLY, NOT, NOT_MEASURED))
+        check_choice("holds", holds, (HOLDS, PARTLY, NOT, UNDECIDED))
         check_text("model", model)
         check_text("measured", measured)
         self.measured[model] = (measured, holds)
@@ -54,9 +55,9 @@ class Verdict:
 
     @property
     def outcome(self) -> str:
-        """"holds" or "does not hold" where all models that were measured agree, "partly" where they do not."""
-        said = {holds for _, holds in self.measured.values()} - {NOT_MEASURED}
-        return NOT_MEASURED if not said else said.pop() if len(said) == 1 else PARTLY
+        """"holds" or "does not hold" where all models that decide it agree, "partly" where they do not."""
+        said = {holds for _, holds in self.measured.values()} - {UNDECIDED}
+        return UNDECIDED if not said else said.pop() if len(said) == 1 else PARTLY
 
     def row(self) -> dict[str, str]:
         """The claim as a row of the table."""
