@@ -97,7 +97,8 @@ def _run(commands: Mapping[Path, list[str]], jobs: int, failures: dict, bar: tqd
     """Runs the commands, `jobs` at a time, and puts down what fails."""
     children = _Children({THREADS: str(max(1, _cores() // jobs)), **os.environ})
     with ThreadPoolExecutor(jobs) as pool:
-        asked = {pool.submit(children.run, command): path for path, command in commands.items()}
+        last_first = reversed(commands.items())  # the first one is the shortest: begun last, it leaves no core idle
+        asked = {pool.submit(children.run, command): path for path, command in last_first}
         try:
             for future in as_completed(asked):
                 path, (error, seconds) = asked[future], future.result()
