@@ -49,8 +49,7 @@ def drift(lm: LanguageModel, second_moment: SecondMomentLike = None) -> Drift:
         change = Edit({name: Dense(weight - lm.oriented(name).double()) for name, weight in now.items()})
         if second_moment is None:
             return Drift(change.norm(), math.nan, math.nan)
-        moments = second_moment if isinstance(second_moment, SecondMoments) else SecondMoments(second_moment, lm)
-        found = felt_of(lm, [change], moments)[0] if projections(lm, [change]) else None
+        found = felt_of(lm, [change], SecondMoments.of(second_moment, lm))[0] if projections(lm, [change]) else None
     return Drift(change.norm(), *((found.absolute, found.relative) if found else (math.nan, math.nan)))
 
 

@@ -59,7 +59,7 @@ def moments_of_text(
     if given is None and layers:
         with unedited(lm):
             given = default_second_moments(lm, layers, progress, who)
-    return given if isinstance(given, SecondMoments) else SecondMoments(given, lm)
+    return SecondMoments.of(given, lm)
 
 
 def felt_of(lm: LanguageModel, edits: Sequence[Edit], moments: SecondMoments) -> list[Felt]:

@@ -79,6 +79,11 @@ class SecondMoments:
         self._factors: dict[tuple[int, float], Tensor] = {}
         self._eigen: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @classmethod
+    def of(cls, given: "SecondMomentLike", lm: LanguageModel) -> "SecondMoments":
+        """What is given as such, which keeps its factors; made of it if it is something else."""
+        return given if isinstance(given, SecondMoments) else cls(given, lm)
+
     def __bool__(self) -> bool:
         return self._given is not None
 

@@ -77,8 +77,8 @@ def guarding(
     given = settings.second_moments if guard.second_moment is None and settings.second_moments else guard.second_moment
     if given is None:
         default_texts(lm, "the guard")
-    elif not isinstance(given, SecondMoments):
-        given = SecondMoments(given, lm)
+    else:
+        given = SecondMoments.of(given, lm)
     for layer in getattr(settings.parameters, "layers", ()) if given is not None else ():
         given.matrix(layer)
 

@@ -200,8 +200,7 @@ def settings_for(
     parameters = hyper_parameters(lm, method, **hparams)
     templates = as_templates(lm, context_templates, method)
     moments = needed_moments(lm, method, parameters, second_moment, wait)
-    moments = moments if isinstance(moments, SecondMoments) else SecondMoments(moments, lm)
-    return MethodSettings(method, parameters, templates, moments, **run)
+    return MethodSettings(method, parameters, templates, SecondMoments.of(moments, lm), **run)
 
 
 def _together(method: str):

@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from nbkit.records.intervals import wilson
+from nbkit.records.intervals import mean
 
 COLUMNS = ["threshold", "found", "found_low", "found_high", "lost",
            "false_alarms", "false_alarms_low", "false_alarms_high", "kept"]  # fmt: skip
@@ -48,7 +48,7 @@ def halves(ratio, lost, seed: int = 0, n_splits: int = 200) -> pd.DataFrame:
     for chosen, tried in StratifiedShuffleSplit(n_splits, test_size=0.5, random_state=seed).split(ratio, lost):
         threshold = best_threshold(ratio[chosen], lost[chosen])
         alarms, of_lost = ratio[tried] >= threshold, lost[tried]
-        rows.append([threshold, *_share(alarms[of_lost]), *_share(alarms[~of_lost])])
+        rows.append([threshold, *mean(alarms[of_lost]), *mean(alarms[~of_lost])])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -58,7 +58,3 @@ def over_splits(splits: pd.DataFrame) -> pd.DataFrame:
     middle = {"median": 0.5, "low": 0.025, "high": 0.975}
     quantiles = {name: splits[names].astype(float).quantile(q, interpolation="lower") for name, q in middle.items()}
     return pd.DataFrame(quantiles).assign(n_splits=len(splits))
-
-
-def _share(hits: np.ndarray) -> tuple[float, float, float, int]:
-    return float(hits.mean()), *wilson(hits.mean(), len(hits)), len(hits)

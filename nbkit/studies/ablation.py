@@ -8,14 +8,14 @@ variants share one search a request, and a whole table of them takes little long
 on (the context templates, what v* starts from) is given once, so that each such setting is a call of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pandas as pd
 
 from nbkit.edits.door import verb
-from nbkit.errors import MethodError, NbkitError, RequestError
+from nbkit.errors import MethodError, RequestError
 from nbkit.keys.solving import SecondMoments
 from nbkit.methods.rome import rome_variants
 from nbkit.methods.verbs import settings_for
@@ -25,7 +25,7 @@ from nbkit.records.provenance import digest
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import metrics as measure
-from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns
+from nbkit.studies.method_study import MethodStudy, by_digest, described, outcome_columns, singly_where_one_fails
 from nbkit.studies.single import EDITS_AT_ONCE
 
 FREE = ("key_mode", "second_moment")  # what variants may differ in
@@ -84,16 +84,6 @@ def rome_ablation(
             for name, each in variants.items()
         }
 
-    def compute(some: Sequence[str]) -> Iterator[list[tuple[str, list[dict]]]]:
-        try:
-            done = together(some)
-        except NbkitError:  # as in single_edits: one that cannot be used shall not keep the others from being done
-            if len(some) > 1:
-                for unit in some:
-                    yield together([unit])
-            raise
-        yield done
-
     def together(some: Sequence[str]) -> list[tuple[str, list[dict]]]:
         chosen, (first, *_) = [units[unit] for unit in some], settings().values()
         made = rome_variants(lm, chosen, first, list(settings().values()))
@@ -107,5 +97,9 @@ def rome_ablation(
         return list(rows.items())
 
     return study.complete_together(
-        [digest(request) for request in requests], compute, EDITS_AT_ONCE, f"{lm.title}: variants of rome", "request"
+        [digest(request) for request in requests],
+        singly_where_one_fails(together),
+        EDITS_AT_ONCE,
+        f"{lm.title}: variants of rome",
+        "request",
     )

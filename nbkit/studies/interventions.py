@@ -9,6 +9,7 @@ The change is there while keys and v* are computed, and gone when the edited mod
 does to the unedited model's perplexity stands beside that. Where only the formula has other keys, v* is ROME's own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -151,7 +152,7 @@ def intervened_edits(
     return pd.concat([part.rows(requests) for part in shown], ignore_index=True)
 
 
-class _Part:
+class _Part(ABC):
     """Rows of one intervention, or of those that share their edits, each stored under its own key.
 
     made: edits by ROME as it is, which parts have computed for the others.
@@ -180,9 +181,9 @@ class _Part:
         order = frame["intervention"].map({name: at for at, name in enumerate(dict.fromkeys(frame["intervention"]))})
         return frame.iloc[order.argsort(kind="stable")]
 
+    @abstractmethod
     def measured(self, requests: Sequence[EditRequest]) -> list[list[dict]]:
         """The rows of each request."""
-        raise NotImplementedError
 
     def plain_edits(self, requests: Sequence[EditRequest]) -> list[Edit]:
         """By ROME as it is; those that are there are not computed again."""

@@ -14,14 +14,14 @@ it did (guard, felt_relative and so on; methods/guard.py).
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import unedited
-from nbkit.errors import MethodError
+from nbkit.errors import MethodError, NbkitError
 from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard
 from nbkit.methods.hparams import hyper_parameters
@@ -59,9 +59,7 @@ class MethodStudy:
         self.lm, self.method, self.hparams = lm, method, hparams
         parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
         second_moment = needed_moments(lm, method, parameters, second_moment)
-        self.moments = second_moment  # factored once
-        if not isinstance(second_moment, SecondMoments | None):
-            self.moments = SecondMoments(second_moment, lm)
+        self.moments = None if second_moment is None else SecondMoments.of(second_moment, lm)  # factored once
         self.store = Store() if store is None else store
         self.given_templates = None if context_templates is None else as_templates(lm, context_templates, method)
         self.words = in_words(method, parameters)
@@ -168,6 +166,23 @@ def _digest_of(second_moment: SecondMomentLike) -> str | None:
     """The digest of second moments, the same however they are given; None for none."""
     given = second_moment.given if isinstance(second_moment, SecondMoments) else second_moment
     return None if given is None else digest(given)
+
+
+def singly_where_one_fails(together: Callable[[Sequence[str]], list]) -> Callable[[Sequence[str]], Iterator[list]]:
+    """`compute` of `Study.complete_together`, of units that are computed side by side; where that fails, one by one,
+    so that one request that cannot be used does not keep the others from being done."""
+
+    def compute(some: Sequence[str]) -> Iterator[list]:
+        try:
+            done = together(some)
+        except NbkitError:
+            if len(some) > 1:
+                for unit in some:
+                    yield together([unit])
+            raise
+        yield done
+
+    return compute
 
 
 def check_arguments(name: str, given: Any, function: Callable) -> None:

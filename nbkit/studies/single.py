@@ -3,14 +3,14 @@
     frame = single_edits(lm, requests, texts, method="rome", key_mode="mixed")
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pandas as pd
 
 from nbkit.edits.door import verb
-from nbkit.errors import NbkitError, RequestError
+from nbkit.errors import RequestError
 from nbkit.methods.guard import Guard
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.lists import as_requests, as_texts
@@ -19,7 +19,14 @@ from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies import metrics as measure
 from nbkit.studies.generation import generation_metrics
-from nbkit.studies.method_study import MethodStudy, by_digest, check_arguments, described, outcome_columns
+from nbkit.studies.method_study import (
+    MethodStudy,
+    by_digest,
+    check_arguments,
+    described,
+    outcome_columns,
+    singly_where_one_fails,
+)
 
 EDITS_AT_ONCE = 64  # edits that are computed, evaluated and stored together
 
@@ -69,16 +76,6 @@ def single_edits(
     def before() -> float:
         return setting.readable(measure.perplexity(lm, texts))
 
-    def compute(some: Sequence[str]) -> Iterator[list[tuple[str, list[dict]]]]:
-        try:
-            done = together(some)
-        except NbkitError:  # one request that cannot be used shall not keep the others from being done
-            if len(some) > 1:
-                for unit in some:
-                    yield together([unit])
-            raise
-        yield done
-
     def together(some: Sequence[str]) -> list[tuple[str, list[dict]]]:
         chosen = [units[unit] for unit in some]
         made = setting.edits(chosen)
@@ -96,5 +93,9 @@ def single_edits(
         return rows
 
     return study.complete_together(
-        [digest(request) for request in requests], compute, EDITS_AT_ONCE, setting.task("single edits"), "edit"
+        [digest(request) for request in requests],
+        singly_where_one_fails(together),
+        EDITS_AT_ONCE,
+        setting.task("single edits"),
+        "edit",
     )
