@@ -40,6 +40,7 @@ filter:
 	@if attributes=$$(git rev-parse --git-path info/attributes 2>/dev/null); then \
 	  git config filter.nbstripout.clean '"$(abspath $(RUN))" -m nbstripout --keep-id --extra-keys "$(strip $(OF_LAB))"'; \
 	  git config filter.nbstripout.smudge cat; \
+	  mkdir -p "$$(dirname "$$attributes")"; \
 	  grep -qs 'filter=nbstripout' "$$attributes" || echo '*.ipynb filter=nbstripout' >> "$$attributes"; fi
 
 # glibc gives the large tensors of each step back to the system and asks for them anew, unless told to keep them
