@@ -519,6 +519,7 @@ def test_every_cell_that_makes_a_figure_shows_it(tmp_path):
 
 def test_a_notebook_is_found_by_how_its_name_begins():
     assert find_notebook("01").stem == find_notebook("01_single").stem == "01_single_edit_collapse"
+    assert find_notebook("01b").stem == "01b_models_side_by_side"
     for name in ("0", "zz", "0*"):
         with pytest.raises(ParameterError, match=re.escape(f"there is no notebook {name}; notebooks/ holds: 00_")):
             find_notebook(name)

@@ -30,12 +30,13 @@ NOTEBOOKS = paths.ROOT / "notebooks"
 
 
 def find_notebook(name) -> Path:
-    """The notebook at a path, or the one in notebooks/ whose name begins so: "01" will do.
+    """The notebook at a path, or the one in notebooks/ whose name begins so: "01" will do, though there is an "01b".
 
     Raises ParameterError when there is none, or more than one.
     """
     try:
         alike = sorted(NOTEBOOKS.glob(f"{glob.escape(str(name))}*.ipynb")) if Path(name).name == str(name) else []
+        alike = [path for path in alike if path.stem.startswith(f"{name}_")] or alike
         for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb", *(alike if len(alike) == 1 else [])):
             if path.is_file():
                 return path
