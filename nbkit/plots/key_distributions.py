@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from nbkit.plots.style import (
     BLACK,
@@ -98,6 +98,7 @@ def norm_histogram(
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high - low < 1 else (1, 3)))
         ax.xaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
         ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set(xlabel="Norm of a subject’s key", ylabel="Share of keys")
     return legend_above(ax, handles)

@@ -12,7 +12,6 @@ from scipy import stats
 from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line, unedited_of
 from nbkit.plots.style import (
     BLACK,
-    GREY,
     ORANGE,
     PURPLE,
     REFERENCE,
@@ -46,7 +45,7 @@ def perplexity_per_edit(
         of_group = (frame[group] == name).to_numpy()
         edge.points(ax, numbers[of_group], frame["perplexity"][of_group], style, ms=3, alpha=0.8)
     handles = group_handles(styles, frame[group]) + unedited_line(frame, ax.axhline, zorder=1) + edge.finish(ax)
-    integer_axis(ax.xaxis)
+    integer_axis(ax.xaxis, "auto", [1, 2, 5, 10])
     ax.set(xlabel="Edited model (request number)", ylabel="Perplexity")
     return legend_above(ax, handles)
 
@@ -99,7 +98,7 @@ def perplexity_by_method(
 def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
     """Numerator and denominator of ROME's update (log), a strip of edits per group with its median written beside it.
 
-    Both by their size; an open marker is a negative denominator.
+    Both by their size; an open marker is a negative denominator, of which the tick label says how many there are.
 
     Args:
         frame: rows of `studies.single_edits`: numerator, signed_denominator and `group`. Values that are zero or not
@@ -117,16 +116,15 @@ def denominators(frame: pd.DataFrame, ax: Axes, group: str = "group") -> Axes:
         median = float(np.median(sizes))
         strip.median(ax, median, reach=0.22 * width)
         ax.annotate(f"{median:.3g}", (strip.middle + 0.25 * width, median), fontsize=7, va="center")
-    left_out = [len(frame) - len(rows) for rows in drawn.values()]
-    notes = [f"\n({n} not drawn: zero or not finite)" if n else "" for n in left_out]
+    notes = []
+    for part, rows in drawn.items():
+        n_negative, n_left_out = int((rows[part] < 0).sum()), len(frame) - len(rows)
+        notes.append(f"\n({n_negative} negative, open)" if n_negative else "")
+        notes[-1] += f"\n({n_left_out} not drawn: zero or not finite)" if n_left_out else ""
     log_axis(ax.yaxis)
     ax.set_xticks(range(len(PARTS)), [label + note for label, note in zip(PARTS.values(), notes, strict=True)])
     ax.set(xlim=(-0.5, len(PARTS) - 0.4), ylabel="Norm or absolute value")
     handles = [*group_handles(styles, frame[group]), Line2D([], [], label="median", **MEDIAN)]
-    n_negative = int((drawn["signed_denominator"]["signed_denominator"] < 0).sum())
-    if n_negative:
-        open_one = {"ls": "none", "marker": "o", "mfc": "none", "mec": GREY, "mew": 0.6}
-        handles.append(Line2D([], [], label=f"negative (n = {n_negative})", **open_one))
     return legend_above(ax, handles)
 
 
