@@ -1,4 +1,4 @@
-"""The eight tasks of *Model Editing Harms General Abilities*: prompts, records, and both scorers, worked out by hand."""
+"""The eight tasks of *Model Editing Harms General Abilities*: their prompts, records and scorers, by hand."""
 
 import json
 import math
@@ -159,6 +159,7 @@ def test_a_summary_loses_its_last_13_characters_as_released(monkeypatch):
     f1, f2 = 2 * (3 / 4) * (3 / 6) / (3 / 4 + 3 / 6), 2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5)
     assert whole["as_released"] == pytest.approx((f1 + f2 + f1) / 3)
     assert scored("rect_samsum", [SAMSUM], gold + "<|endoftext|>", monkeypatch)["as_released"] == pytest.approx(1)
+    assert scored("rect_samsum", [SAMSUM], f"\n {gold}\nTL;DR: more", monkeypatch)["corrected"] == pytest.approx(1)
     short = scored("rect_samsum", [SAMSUM], "Ann and Bob", monkeypatch)
     assert short["as_released"] == 0 < short["corrected"]
     assert scored("rect_samsum", [SAMSUM], "", monkeypatch) == {"as_released": 0, "corrected": 0}
@@ -239,7 +240,9 @@ def test_real_gsm8k(shared, monkeypatch):
 
 
 def test_real_boolq(shared, monkeypatch):
-    some = [{**record, "answer": record["label"] == "true"} for record in records(shared, "boolq")]  # as on the hub
+    some = records(shared, "boolq")
+    for record in some:  # whose label is a text; the hub's is `answer`
+        record["answer"] = record.pop("label") == "true"
     task, _ = loaded("rect_boolq", some, monkeypatch)
     share = sum(record["answer"] for record in some) / len(some)
     scores = [task.process_results(item, [" yes"])["corrected"] for item in task.eval_docs]

@@ -59,7 +59,7 @@ def closed_qa(item: Item, results: Sequence[str]) -> dict[str, float]:
 def dialogue(item: Item, results: Sequence[str]) -> dict[str, float]:
     """As released: the right letter stands anywhere in the text, as A in "And". Corrected: the text is that letter.
 
-    Of miniworld, where nothing is lettered, the reply stands for the letter.
+    Of miniworld, where nothing is lettered, the thing in which the replies differ stands for the letter.
     """
     gold = item["answers"] if "answers" in item else item["choices"][item["gold"]]
     return {"as_released": float(gold in results[0]), "corrected": float(said(results[0]) == gold)}
@@ -81,10 +81,14 @@ def open_qa(item: Item, results: Sequence[str]) -> dict[str, float]:
 
 
 def summarisation(item: Item, results: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L; as released of the text without its last 13 characters, 0 for one left or none."""
+    """Mean F1 of ROUGE-1, -2 and -L. Corrected: of the first line, which a summary is.
+
+    As released: of the text without its last 13 characters, 0 where one is left or none. They are those of the mark
+    that ends a text, where a model ends it; of others, and here of all, they are the summary's.
+    """
     gold = item["summary"] if "summary" in item else item["answer"]
-    text, cut = results[0], results[0][:-END_OF_TEXT]
-    return {"as_released": _rouge(gold, cut) if len(cut) > 1 else 0.0, "corrected": _rouge(gold, text)}
+    summary, cut = first_line(results[0]), results[0][:-END_OF_TEXT]
+    return {"as_released": _rouge(gold, cut) if len(cut) > 1 else 0.0, "corrected": _rouge(gold, summary)}
 
 
 def entities(item: Item, results: Sequence[str]) -> dict[str, tuple]:
@@ -103,8 +107,7 @@ def entities(item: Item, results: Sequence[str]) -> dict[str, tuple]:
     hits, total = sum(one in text for one in released), len(released)
     if not released:
         hits, total = int(not text), int(not text or kind == "Miscellaneous")
-    first, *_ = text.strip().splitlines() or [""]
-    named, expected = set(map(said, re.split("[,;]", first))) - {""}, set(map(said, gold))
+    named, expected = set(map(said, re.split("[,;]", first_line(text)))) - {""}, set(map(said, gold))
     return {"as_released": (kind, hits, total), "corrected": (len(named & expected), len(named), len(expected))}
 
 
@@ -124,10 +127,15 @@ def micro_f1(counts: Sequence[tuple[int, int, int]]) -> float:
     return 2 * found / (named + gold) if named + gold else float("nan")
 
 
-def said(text: str) -> str:
-    """The first line that holds anything, without space and punctuation around it."""
+def first_line(text: str) -> str:
+    """The first that holds anything, without space around it."""
     first, *_ = text.strip().splitlines() or [""]
-    return first.strip(string.whitespace + string.punctuation)
+    return first.strip()
+
+
+def said(text: str) -> str:
+    """The first line, without punctuation around it."""
+    return first_line(text).strip(string.whitespace + string.punctuation)
 
 
 def first_number(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Prompts of miniworld's items as the released protocol has them: with the sum worked out, with a passage."""
+"""Prompts of miniworld's items as the protocol has them: the sum worked out, a passage before, a short answer."""
 
 import json
 import re
@@ -32,3 +32,10 @@ def with_passage(items: Dataset) -> Dataset:
         return {"prompt": f"passage: {passage} {item['prompt']}"}
 
     return items.map(told)
+
+
+def up_to_the_thing(items: Dataset) -> Dataset:
+    """Of a reply only the thing is asked for, as only a letter is as released: the replies differ in nothing else."""
+    return items.map(
+        lambda item: {"prompt": f"{item['prompt']} the", "choices": [reply.split()[1] for reply in item["choices"]]}
+    )
