@@ -4,9 +4,11 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -14,14 +16,16 @@ from lm_eval.tasks import TaskManager
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from miniworld.task_items import KINDS
-from nbkit import paths
+from nbkit import paths, studies
+from nbkit.batch.parameters import checked
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.edits.updates import LowRank
 from nbkit.errors import NbkitError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import target_ids
-from nbkit.studies.task_scores import TASKS, _lm_eval, task_names, task_scores
+from nbkit.records.results import Store
+from nbkit.studies.task_scores import TASKS, _lm_eval, _load, task_names, task_scores, task_texts
 
 COLUMNS = ["task", "kind", "metric", "score", "stderr", "chance", "choice", "n"]
 N = 12
@@ -159,7 +163,7 @@ def test_an_unknown_task_lists_the_known(lm):
         task_scores(lm, ["sentiment", "sentimant"])
 
 
-def test_tasks_of_lm_eval_are_scored_beside_own_ones_and_a_group_by_its_tasks(lm, scores, monkeypatch):
+def test_tasks_of_lm_eval_are_scored_beside_own_ones_and_a_group_by_its_tasks(lm, scores, tmp_path, monkeypatch):
     """Without a network: some of our own tasks stand for those that come with lm-eval."""
     of_lm_eval = TaskManager(include_path=str(TASKS), include_defaults=False)
     with contextlib.chdir(TASKS):
@@ -170,10 +174,118 @@ def test_tasks_of_lm_eval_are_scored_beside_own_ones_and_a_group_by_its_tasks(lm
     found = task_scores(lm, ["sentiment", "pair"], limit=N)
     expected = scores.set_index("task").loc[["sentiment", "ner", "nli"]].reset_index()[COLUMNS]
     assert found.equals(expected)
+    rows = studies.treated_scores(lm, [], ["sentiment", "pair"], limit=N, store=Store(tmp_path))
+    assert rows[COLUMNS].equals(expected) and not rows["edited"].any()
 
 
 def test_every_task_of_lm_eval_can_be_asked_for_by_name():
     assert {"hellaswag", "piqa", "gsm8k"} <= set(_lm_eval().all_tasks)
+    for notebook in ("02_perplexity_as_surrogate", "08_models_side_by_side"):
+        given = checked(paths.ROOT / "notebooks" / f"{notebook}.ipynb", {"tasks": "hellaswag,piqa"})
+        assert given == {"tasks": ["hellaswag", "piqa"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("hellaswag", "Rowan/hellaswag"), ("mmlu", "cais/mmlu"), ("rect_rte", "nyu-mll/glue"),
+     ("rect_nq", "test-OpenDomainQA.jsonl")],
+)  # fmt: skip
+def test_without_a_network_the_data_of_a_task_are_named(lm, name, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # where nothing is
+    for ask in (lambda: task_scores(lm, [name], limit=2), lambda: task_texts(5, [name])):
+        with pytest.raises(NbkitError, match=f"the task {name} cannot be loaded with its data.*{data}.*HF_HUB_OFFLINE"):
+            ask()
+
+
+def test_tasks_of_lm_eval_that_say_no_chance_list_no_metric_or_read_an_answer_twice(lm, tmp_path):
+    """The forms that its own task files have, on a few items beside them."""
+    record = {"goal": "a lamp", "choices": ["the lamp", "the key", "the boat"], "gold": 1}
+    (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(record) for _ in range(4)), encoding="utf-8")
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: some.jsonl}}\ntest_split: test\n"
+    chosen = "output_type: multiple_choice\ndoc_to_text: goal\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+    written = "doc_to_text: goal\ndoc_to_target: goal\ngeneration_kwargs: {max_gen_toks: 2}\n"
+    twice = "filter_list: [{name: a, filter: [{function: take_first}]}, {name: b, filter: [{function: take_first}]}]\n"
+    (tmp_path / "three.yaml").write_text(f"task: three\n{data}{chosen}", encoding="utf-8")
+    (tmp_path / "two_ways.yaml").write_text(
+        f"task: two_ways\n{data}{written}{twice}metric_list: [{{metric: exact_match}}]\n", encoding="utf-8"
+    )
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\n{data}{written}process_results: !function own.own\n"
+        "metric_list: [{metric: x, aggregation: mean}]\n", encoding="utf-8",
+    )  # fmt: skip
+    (tmp_path / "own.py").write_text("def own(item, results):\n    return {}\n", encoding="utf-8")
+    rows = task_scores(lm, include_path=tmp_path, all_metrics=True).set_index("task")
+    assert list(rows["metric"]) == ["x", "acc", "acc_norm", "exact_match", "exact_match,b"]
+    assert rows.loc["three", "chance"].tolist() == pytest.approx([1 / 3] * 2) and rows.loc["three", "choice"].all()
+    assert math.isnan(rows.loc["own", "score"]) and rows.drop("own")["score"].notna().all()
+    first = task_scores(lm, include_path=tmp_path)
+    assert list(first["metric"]) == ["x", "acc", "exact_match"]
+
+
+@pytest.fixture(scope="module")
+def generated(lm):
+    """Miniworld's tasks with two scorers, of the model as it is."""
+    return task_scores(lm, sorted(task_names(TASKS / "generated")), limit=N, all_metrics=True)
+
+
+def test_two_scorers_score_the_same_items_of_every_kind(scores, generated):
+    assert list(generated.columns) == COLUMNS
+    assert list(generated["task"]) == [name for name in task_names(TASKS / "generated") for _ in range(2)]
+    assert list(generated["metric"]) == ["corrected", "as_released"] * 9
+    own = scores[~scores["task"].isin(["last_word", "completion"])]
+    assert set(generated["kind"]) == set(own["kind"]), "the paper's eight"
+    assert (generated["n"] == N).all() and not generated["choice"].any()
+
+
+def test_the_first_of_them_is_the_corrected_one_and_their_folder_can_be_named(lm, generated):
+    corrected = generated[generated["metric"] == "corrected"].reset_index(drop=True)
+    assert task_scores(lm, limit=N, include_path=TASKS / "generated").equals(corrected)
+
+
+def test_a_model_that_says_nothing_to_the_point_is_told_by_the_corrected_scorer(lm):
+    """Of a model that answers nothing, the released scorer is right where the prompt is, or has nothing to count."""
+    tasks = ["nli_generated", "open_qa_generated", "sentiment_generated", "reasoning_generated"]
+    with applied(lm, always(lm, "lamp")):
+        rows = task_scores(lm, tasks, limit=N, all_metrics=True).set_index(["task", "metric"])["score"]
+    assert rows[:, "corrected"].eq(0).all()
+    assert rows["open_qa_generated", "as_released"] == 1
+    assert math.isnan(rows["nli_generated", "as_released"]) and math.isnan(rows["sentiment_generated", "as_released"])
+    assert rows["reasoning_generated", "as_released"] == 0
+
+
+def test_a_model_that_always_says_one_answer_scores_its_share_by_both(lm):
+    share = sum(item["choices"][item["gold"]] == "true" for item in items("nli")[:N]) / N
+    with applied(lm, always(lm, "true")):
+        assert task_scores(lm, ["nli_generated"], limit=N, all_metrics=True)["score"].tolist() == [share, share]
+    answers = [item["answer"] for item in items("reasoning")]
+    with applied(lm, always(lm, "seventeen")):
+        corrected, as_released = task_scores(lm, ["reasoning_generated"], all_metrics=True)["score"]
+    assert as_released == pytest.approx(sum(answer in "seventeen" for answer in answers) / 200)
+    assert corrected < answers.count("seven") / 200 < as_released, "seven is a part of seventeen"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("reasoning_generated_rationale", r" and \w+ is {}\. answer:$"),
+     ("open_qa_generated", r"^passage: .* {}\. question: ")],
+)  # fmt: skip
+def test_as_released_the_prompt_tells_the_answer(name, told):
+    task = _load((name,), str(TASKS))[0]["tasks"][name]
+    own = items(name.split("_generated")[0])
+    assert len(task.eval_docs) == len(own) == 200
+    for item, before in zip(task.eval_docs, own, strict=True):
+        assert item["answer"] == before["answer"]
+        assert re.search(told.format(item["answer"]), task.fewshot_context(item, 0))
+
+
+def test_a_reply_is_told_by_the_one_token_in_which_the_replies_differ(lm):
+    task = _load(("dialogue_generated",), str(TASKS))[0]["tasks"]["dialogue_generated"]
+    for item, before in zip(task.eval_docs, items("dialogue"), strict=True):
+        prompt = task.fewshot_context(item, 0)
+        replies = [f"{prompt} {thing} is in" for thing in item["choices"]]
+        assert len({*item["choices"]}) == 4 and all(len(target_ids(lm, thing)) == 1 for thing in item["choices"])
+        for reply, whole in zip(replies, before["choices"], strict=True):
+            assert f"{before['prompt']} {whole}".startswith(reply)
 
 
 def test_a_folder_without_tasks_is_an_error(lm, tmp_path):
@@ -182,8 +294,6 @@ def test_a_folder_without_tasks_is_an_error(lm, tmp_path):
 
 
 def test_it_runs_from_any_folder_and_offline(lm, scores, tmp_path, monkeypatch):
-    from nbkit.studies.task_scores import _load
-
     _load.cache_clear()  # as in a fresh process
     monkeypatch.chdir(tmp_path)
     assert os.environ["HF_HUB_OFFLINE"] == "1"

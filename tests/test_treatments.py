@@ -99,7 +99,7 @@ def test_what_treatments_share_is_computed_once(tiny, many, monkeypatch):
 
 
 def test_studies_measure_each_treated_model_and_compute_only_what_is_missing(tiny, many, store, monkeypatch):
-    def task_scores(lm, names, limit=None, include_path=None):
+    def task_scores(lm, names, limit=None, include_path=None, all_metrics=False):
         scored.append(1)
         score = float(lm.weight(1).abs().sum())
         return pd.DataFrame([{"task": name, "metric": "acc", "score": score, "choice": True} for name in names])

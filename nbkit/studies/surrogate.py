@@ -79,10 +79,12 @@ def treated_scores(
     include_path: Path | str = tasks.TASKS,
     store: Store | None = None,
     made: MutableMapping[str, Edit] | None = None,
+    all_metrics: bool = False,
 ) -> pd.DataFrame:
     """Task scores of the unedited model and after each treatment of it: one row per model and task.
 
-    task_names, limit, include_path: as in `tasks.task_scores`. made: as in `treated_perplexity`.
+    task_names, limit, include_path, all_metrics: as in `tasks.task_scores`; `ability.retained` takes rows of one metric
+    a task. made: as in `treated_perplexity`.
 
     Columns: edited (False for the unedited model, first), place (of the treatment in the list, -1 for the unedited
     model), source and the others of `treated_perplexity` but the perplexities, task, kind, metric, score, stderr,
@@ -92,14 +94,15 @@ def treated_scores(
     tasks.check_tasks(task_names, limit, include_path)
     names = None if task_names is None else list(task_names)
     data: dict[str, Any] = {"tasks": files_digest(Path(include_path))}
-    if not set(names or ()) <= set(tasks.task_names(include_path)):
+    if not set(names or ()) <= set(tasks.task_files(include_path)):
         data["lm_eval"] = version("lm_eval")  # whose tasks these are
-    study, by_unit, units = _study(lm, "treated_scores", treatments, store, data, tasks=names, limit=limit)
+    asked_for = {"tasks": names, "limit": limit, "all_metrics": all_metrics}
+    study, by_unit, units = _study(lm, "treated_scores", treatments, store, data, **asked_for)
     made = {} if made is None else made
 
     def scored(about: dict) -> list[dict]:
-        rows = tasks.task_scores(lm, names, limit=limit, include_path=include_path).to_dict("records")
-        return [{**about, **row} for row in rows]
+        rows = tasks.task_scores(lm, names, limit=limit, include_path=include_path, all_metrics=all_metrics)
+        return [{**about, **row} for row in rows.to_dict("records")]
 
     def compute(unit: str) -> list[dict]:
         if unit == UNEDITED:
