@@ -57,7 +57,13 @@ def unreported_requests(
     lm: LanguageModel, n: int = 30, seed: int = 0, kinds: Sequence[str] = KINDS
 ) -> list[EditRequest]:
     """`n` of these facts of each kind of subject, without what is asked besides their own prompts."""
-    facts = [fact.alone for fact in unreported_facts(lm, seed)]
+    return [fact.alone for fact in first_of_each(lm, unreported_facts(lm, seed), n, kinds)]
+
+
+def first_of_each(
+    lm: LanguageModel, facts: Sequence[EditRequest], n: int, kinds: Sequence[str] = KINDS
+) -> list[EditRequest]:
+    """The first `n` of each kind of subject."""
     kind_of = [subject_kind(lm, fact) for fact in facts]
     return [fact for kind in kinds for fact in [f for f, k in zip(facts, kind_of, strict=True) if k == kind][:n]]
 

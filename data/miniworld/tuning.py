@@ -26,14 +26,16 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy import stats
 
 from miniworld.card import filled, markdown
-from miniworld.efficacy import KINDS, unreported_facts, unreported_requests
+from miniworld.efficacy import KINDS, first_of_each, unreported_facts
 from nbkit.errors import MethodError, RequestError
 from nbkit.keys.moments import default_second_moments
 from nbkit.keys.solving import SecondMoments
@@ -84,9 +86,10 @@ def draws(lm: LanguageModel, method: str, budget: int, seed: int = 0) -> list[di
     MethodError for a space that has not so many, and for a hyper-parameter or value that the method cannot have.
     """
     space, default = space_of(method), hyper_parameters(lm, method)
-    points = stats.qmc.Halton(len(space), rng=np.random.default_rng(seed)).random(DRAWN * budget).tolist()
+    points = stats.qmc.Halton(len(space), rng=np.random.default_rng(seed)).random(DRAWN * budget)
+    columns = [_values(values, at) for values, at in zip(space.values(), points.T, strict=True)]
     settings = [{name: plain(getattr(default, name, None)) for name in space}]
-    settings += [{name: _value(space[name], at) for name, at in zip(space, point, strict=True)} for point in points]
+    settings += [dict(zip(space, values, strict=True)) for values in zip(*columns, strict=True)]
     settings = list({canonical(setting): setting for setting in settings}.values())[:budget]
     if len(settings) < budget:
         raise MethodError(
@@ -98,11 +101,11 @@ def draws(lm: LanguageModel, method: str, budget: int, seed: int = 0) -> list[di
     return settings
 
 
-def _value(values: list | Mapping[str, float], at: float) -> Any:
-    """The value of a list or a range that stands at a place between 0 and 1."""
+def _values(values: list | Mapping[str, float], at: Float[np.ndarray, " n"]) -> list:
+    """The values of a list or a range that stand at places between 0 and 1; those of a range with two digits."""
     if isinstance(values, list):
-        return values[int(at * len(values))]
-    return float(f"{stats.loguniform(values['from'], values['to']).ppf(at):.2g}")
+        return [values[place] for place in (at * len(values)).astype(int)]
+    return [float(f"{value:.2g}") for value in stats.loguniform.ppf(at, values["from"], values["to"])]
 
 
 def held_out_requests(lm: LanguageModel, n: int = 20, seed: int = 0) -> list[EditRequest]:
@@ -110,10 +113,10 @@ def held_out_requests(lm: LanguageModel, n: int = 20, seed: int = 0) -> list[Edi
 
     RequestError where the model knows fewer.
     """
-    subjects = {request.subject for request in read_requests("miniworld")}
-    elsewhere = {one.case_id for one in unreported_requests(lm, TAKEN_ELSEWHERE, kinds=ALL_KINDS)}
+    subjects, unreported = {request.subject for request in read_requests("miniworld")}, unreported_facts(lm)
+    elsewhere = {one.case_id for one in first_of_each(lm, unreported, TAKEN_ELSEWHERE, ALL_KINDS)}
     facts = [
-        fact for fact in unreported_facts(lm, seed)
+        fact for fact in Random(seed).sample(unreported, len(unreported))
         if fact.subject not in subjects and fact.case_id not in elsewhere
         and subject_kind(lm, replace(fact, prompt=KL_PROMPT)) != "one-token first"
     ]  # fmt: skip
