@@ -76,7 +76,7 @@ def settings_of(*shares: tuple[float, ...], ratio: tuple[float, ...] | None = No
         for edit in range(4):
             *said, kept = (float(edit < 4 * share) for share in of_setting)
             grown = (1.0 if ratio is None else ratio[number]) if kept else 2.0
-            row = {"method": "ft", "setting": number, "hyper_parameters": "{}", "seconds": 1.0}
+            row = {"method": "ft", "setting": number, "hyper_parameters": "{}", "seconds": 1.0, "refused": ""}
             row |= {"perplexity": 10 * grown, "perplexity_before": 10.0, **dict(zip(SHARES[:3], said, strict=True))}
             rows.append(row)
     return scores(pd.DataFrame(rows))
@@ -103,9 +103,9 @@ def test_of_equal_scores_the_smaller_median_of_perplexity_counts_and_then_the_ea
 
 @pytest.mark.parametrize("wreck", [np.nan, np.inf, 11.0])
 def test_a_perplexity_that_is_no_number_counts_as_one_that_has_risen(wreck):
-    rows = pd.DataFrame({"method": "ft", "setting": [0, 0, 1, 1], "hyper_parameters": "{}", "seconds": 1.0,
-                         "perplexity": [10.0, wreck, 10.9, 10.9], "perplexity_before": 10.0,
-                         **dict.fromkeys(SHARES[:3], 1.0)})  # fmt: skip
+    rows = pd.DataFrame({"method": "ft", "setting": [0, 0, 1, 1], "perplexity": [10.0, wreck, 10.9, 10.9]})
+    rows = rows.assign(hyper_parameters="{}", seconds=1.0, refused="", perplexity_before=10.0)
+    rows = rows.assign(**dict.fromkeys(SHARES[:3], 1.0))
     table = scores(rows)
     assert table["perplexity_kept"].tolist() == [0.5, 1.0] and choose(table)["setting"] == 1
     assert table["largest_ratio"][0] == pytest.approx(1.1 if wreck == 11 else np.inf)
@@ -236,6 +236,18 @@ def test_what_is_measured_is_what_the_edits_do_and_nothing_is_measured_twice(shi
     more = tune(shipped, ["ft"], budget=4, n=1, store=store)
     assert calls == draws(shipped, "ft", 4)[2:], "the first two were there, the third was when it was interrupted"
     pd.testing.assert_frame_equal(more.iloc[:2][list(SHARES)], table[list(SHARES)])
+
+
+def test_a_setting_that_a_method_refuses_takes_its_place_and_is_never_chosen(shipped, tmp_path, monkeypatch):
+    def refusing(study, requests):
+        raise MethodError("no eigenvalue is below")
+
+    monkeypatch.setattr(tuning.MethodStudy, "edits", refusing)
+    table = tune(shipped, ["ft"], budget=2, n=1, store=Store(tmp_path))
+    assert table["score"].isna().all() and table["refused"].eq("no eigenvalue is below").all()
+    assert table["chosen"].tolist() == [True, False] and (table["perplexity_kept"] == 0).all()
+    taken = pd.concat([table, settings_of((0.25, 0.25, 0.25, 0.25))], ignore_index=True)
+    assert choose(taken).name == 2
 
 
 def test_the_command_writes_all_settings_and_a_card(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ says the new target, of the paraphrases after which it does, of the neighbours' 
 the edits that leave perplexity below `KEPT` times what it was.
 
 **The rule**, `choose`: the setting with the largest harmonic mean of the four shares; of equal ones that with the
-smaller median of perplexity, then the earlier. Where no setting has all four shares above 0 the default stays.
+smaller median of perplexity, then the earlier. Where no setting has all four shares above 0 the default stays. A
+setting with which the method refuses to edit has no score, is never chosen, and is one of the budget.
 
 The facts are none of the embedded requests, nor about a subject of one, nor those that `efficacy` and `damage` take;
 the model knows them and their neighbours; and **no prompt that is edited or asked opens with a subject of one token**.
@@ -57,7 +58,7 @@ SEARCH = Path(__file__).with_name("search.toml")
 TRAINED = ("mend",)
 TUNED = tuple(method for method in METHODS if method not in TRAINED)
 SHARES = ["efficacy_argmax", "paraphrase_argmax", "neighborhood_argmax", "perplexity_kept"]
-COLUMNS = ["case_id", "subject_kind", *SHARES[:3], "perplexity", "perplexity_before", "seconds"]  # scores are of these
+COLUMNS = ["case_id", *SHARES[:3], "perplexity", "perplexity_before", "seconds", "refused"]  # that scores are made of
 KEPT = 1.1
 N_TEXTS = 50  # the last held-out ones; notebooks measure edits on the first
 N_NEIGHBORS = 5  # at most, as the embedded requests have
@@ -175,20 +176,30 @@ def measured(
     study: MethodStudy, requests: Sequence[EditRequest], texts: Sequence[str], before: float
 ) -> Iterator[dict[str, Any]]:
     """One row an edit with a setting: the request, perplexity, perplexity_before, what the method reports, the edit
-    metrics, and seconds, which are those of all edits of the setting together with their measuring."""
-    started = time.perf_counter()
-    made = study.edits(requests)
-    after = perplexity(study.lm, texts, edits=made)
-    asked = edit_metrics(study.lm, requests, edits=made).drop(columns="case_id").to_dict("records")
+    metrics, and seconds, which are those of all edits of the setting together with their measuring.
+
+    Where the method refuses to edit, all that is measured is NaN, and `refused` says why.
+    """
+    lm, started = study.lm, time.perf_counter()
+    try:
+        made = study.edits(requests)
+    except MethodError as error:
+        rows = [{**dict.fromkeys([*SHARES[:3], "perplexity"], float("nan")), "refused": str(error)}] * len(requests)
+    else:
+        asked = edit_metrics(lm, requests, edits=made).drop(columns="case_id").to_dict("records")
+        rows = [
+            {**outcome_columns(one), **row, "perplexity": value, "refused": ""}
+            for one, row, value in zip(made, asked, perplexity(lm, texts, edits=made), strict=True)
+        ]
     seconds = time.perf_counter() - started
-    for request, one, value, row in zip(requests, made, after, asked, strict=True):
-        about = {**described(study.lm, request), "perplexity": value, "perplexity_before": before}
-        yield {**about, **outcome_columns(one), **row, "seconds": seconds}
+    for request, row in zip(requests, rows, strict=True):
+        yield {**described(lm, request), **row, "perplexity_before": before, "seconds": seconds}
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a setting: method, setting (its number; 0 is the default), hyper_parameters (JSON), n, `SHARES`,
-    median_ratio and largest_ratio (of perplexity after to before; NaN counts as infinite), seconds, score."""
+    median_ratio and largest_ratio (of perplexity after to before; NaN counts as infinite), seconds, refused (why there
+    are no edits, or an empty text), score, which is NaN then."""
     ratio = ratios(rows)
     rows = rows.assign(ratio=ratio, perplexity_kept=ratio < KEPT)
     table = rows.groupby(["method", "setting", "hyper_parameters"], sort=False).agg(
@@ -197,6 +208,7 @@ def scores(rows: pd.DataFrame) -> pd.DataFrame:
         median_ratio=("ratio", "median"),
         largest_ratio=("ratio", "max"),
         seconds=("seconds", "first"),
+        refused=("refused", "first"),
     )
     score = stats.hmean(table[SHARES].to_numpy(float), axis=1)
     return table.assign(score=score.round(9)).reset_index()  # rounded, so that equal ones are
@@ -236,6 +248,7 @@ def card_of_tuning(lm: LanguageModel, table: pd.DataFrame) -> str:
     columns = ["method", "hyper_parameters", *SHARES, "median_ratio", "largest_ratio", "score"]
     chosen = table.loc[table["chosen"], columns].set_index("method")
     chosen["score_of_default"] = by_method["score"].first()
+    chosen["refused"] = by_method["refused"].agg(lambda refused: (refused != "").sum())
     chosen["seconds"] = by_method["seconds"].sum()
     trained = training_of_mend(lm)
     return filled(
