@@ -473,6 +473,10 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(
         assert torch.equal(found, expected), name
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     assert [record["step"] for record in log_of(tmp_path / "whole")] == [0, 3, 6, 8]
+    log = [json.loads(line) for line in (tmp_path / "cut" / "training_log.jsonl").read_text().splitlines()]
+    seconds = [record["seconds"] for record in log]
+    assert seconds == sorted(seconds), "those before the interrupt count"
+    assert {record["device"] for record in log} == {"cpu"}
     with monkeypatch.context() as patched:
         interrupt_at(patched, training, 0)  # a finished training is not repeated
         again = train(tiny, many, texts, SHORT, tmp_path / "cut", progress=False)

@@ -1,4 +1,4 @@
-"""`python data/miniworld train | card | efficacy | damage | ladder`: an embedded model from nothing, and measured."""
+"""`python data/miniworld train | card | efficacy | tune | damage | ladder`: an embedded model made and measured."""
 
 import sys
 from pathlib import Path

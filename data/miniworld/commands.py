@@ -117,6 +117,49 @@ def damage(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        list[str] | None, typer.Argument(help="Embedded models; all that are edited if none is given.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; once for each. All but MEND, which is trained, if not given.")
+    ] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Settings of each method, its default among them.")] = 24,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each of the two kinds of subject.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the settings that are drawn, and of the requests.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for a table and a card of each model.")] = (
+        paths.DATA / "miniworld" / "tuning"
+    ),
+):
+    """Choose every method's settings by one rule, of equally many, on requests that nothing reports: see tuning.py.
+
+    What was measured before an interrupt is not measured again. With --method nothing is written to the folder.
+    """
+    from miniworld.families import FAMILIES
+    from miniworld.recipe import recipe_of
+    from miniworld.tuning import TUNED, card_of_tuning, space_of
+    from miniworld.tuning import tune as tune_model
+    from nbkit.errors import NbkitError
+    from nbkit.models.loading import load
+    from nbkit.records.embedded import embedded_models
+    from nbkit.records.tables import write_table
+
+    try:
+        for name in method or TUNED:
+            space_of(name)
+    except NbkitError as error:
+        raise typer.BadParameter(str(error)) from error
+    for name in model or [name for name in embedded_models() if FAMILIES[recipe_of(name).family].edited]:
+        lm = load(name)
+        table = tune_model(lm, method or TUNED, budget, requests, seed)
+        card = card_of_tuning(lm, table)
+        print(table.round(4).to_string(index=False), card, sep="\n\n")
+        if not method:
+            write_table(table, out / f"{name}.csv")
+            (out / f"{name}.md").write_text(card, encoding="utf-8")
+
+
+@app.command()
 def ladder(
     model: Name = "miniworld-gpt2",
     dose: Annotated[list[str], typer.Option(help="What a training has otherwise, as NAME=VALUE; once for each.")] = (

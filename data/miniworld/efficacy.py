@@ -45,14 +45,25 @@ CANDIDATES = {
 TAKEN = 0.9
 
 
+def unreported_facts(lm: LanguageModel, seed: int = 0) -> list[EditRequest]:
+    """The facts that the model knows and that are none of the embedded requests, with their paraphrases, shuffled."""
+    reported = {request.case_id for request in read_requests("miniworld")}
+    facts = [fact for fact in read_requests("miniworld-facts", seed=seed) if fact.case_id not in reported]
+    known = score_targets(lm, [fact.text for fact in facts], [fact.target_true for fact in facts])["correct"]
+    return [fact for fact, is_known in zip(facts, known, strict=True) if is_known]
+
+
 def unreported_requests(
     lm: LanguageModel, n: int = 30, seed: int = 0, kinds: Sequence[str] = KINDS
 ) -> list[EditRequest]:
-    """`n` facts of each kind of subject that the model knows and that are none of the embedded requests."""
-    reported = {request.case_id for request in read_requests("miniworld")}
-    facts = [fact.alone for fact in read_requests("miniworld-facts", seed=seed) if fact.case_id not in reported]
-    known = score_targets(lm, [fact.text for fact in facts], [fact.target_true for fact in facts])["correct"]
-    facts = [fact for fact, is_known in zip(facts, known, strict=True) if is_known]
+    """`n` of these facts of each kind of subject, without what is asked besides their own prompts."""
+    return [fact.alone for fact in first_of_each(lm, unreported_facts(lm, seed), n, kinds)]
+
+
+def first_of_each(
+    lm: LanguageModel, facts: Sequence[EditRequest], n: int, kinds: Sequence[str] = KINDS
+) -> list[EditRequest]:
+    """The first `n` of each kind of subject."""
     kind_of = [subject_kind(lm, fact) for fact in facts]
     return [fact for kind in kinds for fact in [f for f, k in zip(facts, kind_of, strict=True) if k == kind][:n]]
 

@@ -40,7 +40,7 @@ from nbkit.methods.mend.examples import Example, Examples, not_among
 from nbkit.methods.mend.gradients import TokenGradients, target_nlls, token_gradients
 from nbkit.methods.mend.hypernetwork import Hypernetwork, Transform, mlp_weights
 from nbkit.methods.mend.recipe import MendRecipe, TrainingFiles
-from nbkit.methods.mend.weights_file import FORMAT, save_hypernetwork, weights_path
+from nbkit.methods.mend.weights_file import FORMAT, LOG_BESIDE, save_hypernetwork, weights_path
 from nbkit.models.continuations import continuations
 from nbkit.models.edited import Changes
 from nbkit.models.language_model import LanguageModel
@@ -67,7 +67,7 @@ def train_to_file(lm: LanguageModel, recipe: MendRecipe, files: TrainingFiles, p
     out = weights_path(lm.name, files.out)
     save_hypernetwork(out, hypernetwork, lm, asdict(recipe))
     log = (work / LOG).read_bytes()
-    write_atomically(out.with_name("mend_training_log.jsonl"), lambda file: file.write(log))
+    write_atomically(out.with_name(LOG_BESIDE), lambda file: file.write(log))
     return out
 
 
@@ -228,7 +228,8 @@ class MendTraining:
         if not self.log or record["validation_loss"] < min(earlier["validation_loss"] for earlier in self.log):
             self.keep_as_best()
         rates = self.hypernetwork.log_rate.detach().exp()
-        record |= {"mean_rate": float(f"{rates.mean():.4g}"), "seconds": round(time.perf_counter() - self.started, 1)}
+        seconds = round(time.perf_counter() - self.started, 1)
+        record |= {"mean_rate": float(f"{rates.mean():.4g}"), "seconds": seconds, "device": str(self.lm.device)}
         self.log.append(record)
 
     def write_log(self, path: Path) -> None:
@@ -243,6 +244,7 @@ class MendTraining:
         progress = self.checkpoint.load(self._tensors(), self.optimizer)
         if progress is not None:
             self.step, self.log = progress["step"], progress["log"]
+            self.started -= self.log[-1]["seconds"]
         return progress is not None
 
     def _tensors(self) -> dict[str, Tensor]:

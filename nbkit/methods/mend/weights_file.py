@@ -23,6 +23,7 @@ from nbkit.models.language_model import LanguageModel
 from nbkit.models.loading import embedded_models
 
 FILE = "mend.safetensors"
+LOG_BESIDE = "mend_training_log.jsonl"  # the log of its training: by step the losses, seconds so far and device
 FORMAT = "nbkit mend 3"  # also of a training's checkpoints
 UNCLAMPED = "nbkit mend 2"  # the last step of g was not bounded below by zero
 
