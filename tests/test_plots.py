@@ -751,7 +751,7 @@ def test_the_calibration_line_is_the_fit_and_what_has_no_place_is_counted(ax):
 
 def test_areas_stand_at_their_values_and_methods_without_harm_say_so(ax):
     plots.areas_by_method(areas_frame(), ax)
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ROME\n(4 of 8 rise)", "FT\n(0 of 8 rise)"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ROME, 4 of 8 rise", "FT, 0 of 8 rise"]
     assert [each.get_xdata()[0] for each in ax.lines if each.get_label() in "ab"] == [0.9, 0.7]
 
 
@@ -974,6 +974,8 @@ def test_risks_are_drawn_one_point_a_request_and_the_chosen_one_is_named(ax):
 
 def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
     assert style.group_styles(["hard", "normal"])["normal"] == style.group_styles(["normal", "x"])["normal"]
+    many = style.group_styles(map(str, range(20)))
+    assert len(set(many.values())) == 20
     looks = style.group_styles(["normal", "collapse", "a", "b", "c"])
     assert len({colour for colour, _ in looks.values()}) == 5
 

@@ -75,7 +75,7 @@ def areas_by_method(table: pd.DataFrame, ax: Axes, by: str = "method", score: st
         ax.hlines(at, rows["low"], rows["high"], color=colour, lw=0.9)
         ax.plot(rows["auc"], at, ls="none", marker=marker, color=colour, mew=0, ms=4, label=name)
     counts = table.drop_duplicates(by).set_index(by)
-    labels = [f"{method}\n({counts.loc[method, 'rising']} of {counts.loc[method, 'n']} rise)" for method in methods]
+    labels = [f"{method}, {counts.loc[method, 'rising']} of {counts.loc[method, 'n']} rise" for method in methods]
     for at in range(0, len(methods), 2):
         ax.axhspan(at - 0.5, at + 0.5, color="#f2f2f2", lw=0, zorder=0)
     ax.set_yticks(range(len(methods)), labels)

@@ -68,10 +68,12 @@ def paper_style() -> Iterator[None]:
 
 
 def group_styles(names: Iterable) -> dict:
-    """{group: (colour, marker)} of the groups that occur, known ones always alike."""
+    """{group: (colour, marker)} of the groups that occur, known ones always alike; no two are the same, up to 49."""
     names = list(dict.fromkeys(names))
     taken = {GROUP_STYLES[name][0] for name in names if name in GROUP_STYLES}
-    spare = itertools.cycle([style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES)
+    colours, markers = zip(*([style for style in SPARE_STYLES if style[0] not in taken] or SPARE_STYLES), strict=True)
+    n = len(colours)
+    spare = ((colours[i % n], markers[(i + i // n) % n]) for i in itertools.count())
     return {name: GROUP_STYLES.get(name) or next(spare) for name in names}
 
 
