@@ -81,6 +81,18 @@ def test_the_widget_follows_order_and_step(computed):
     assert (view.seed, view.step) == (3, 1)
 
 
+def test_batches_are_shown_edit_by_edit(runs, tiny, requests, texts):
+    sequential_edits(tiny, requests, texts, [0], "ft", per_step=2, layers=[1], n_steps=1)
+    view = panels.sequences()
+    rows = sequence_rows(view.key, 0)
+    assert rows["n_edits"].tolist() == [0, 2, 3] and view.slider.max == 3
+    for at, step in ((1, 0), (2, 2), (3, 3)):
+        view.slider.value = at
+        assert view.step == step and f"step {step} is marked" in view.drawing.value
+        assert shown(rows["perplexity"][rows["n_edits"] == step].item()) in view.said.value
+    assert "Edits 3 to 3" in view.said.value and rows["case_id"][2] in view.said.value
+
+
 def test_where_nothing_is_stored_it_says_how_to_make_rows(runs, tiny, requests, texts, contexts):
     view = panels.sequences()
     assert "python -m nbkit run 03_sequential_edits" in view.notice.value and 'role="alert"' in view.notice.value

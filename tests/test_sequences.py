@@ -1,6 +1,9 @@
 """Sequences that go on: a longer or an interrupted one gives the rows of one that was left alone, bit for bit."""
 
 import contextlib
+import dataclasses
+import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -9,10 +12,12 @@ import torch
 from conftest import tiny_lm
 
 from nbkit.edits.overlays import applied, unedited
+from nbkit.edits.regularisers import regularise
 from nbkit.edits.updates import total
 from nbkit.errors import MethodError, ModelError, RequestError, ResultsError
 from nbkit.keys.drift import Drift, drift
 from nbkit.methods import verbs
+from nbkit.methods.guard import Guard
 from nbkit.methods.sequence_state import SequenceState, load_state, save_state
 from nbkit.methods.verbs import edit, edit_sequence
 from nbkit.models.generation import generated
@@ -20,8 +25,10 @@ from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.records.sequences import sequence_rows, stored_sequences
 from nbkit.studies import orders
+from nbkit.studies.damage import damage
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens
 from nbkit.studies.sequential import sequential_edits
+from nbkit.studies.task_scores import task_scores
 
 TEXTS = ["The river runs through Vouda and Sennifar.", "Ann plays the harp in Krela."]
 REQUESTS = [
@@ -69,11 +76,13 @@ def moments(lm, seed=0):
     return keys.T @ keys / len(keys)
 
 
+def setup_of(lm, name):
+    needs = SETUPS[name]["method"] in ("memit", "alphaedit")
+    return {**SETUPS[name], "context_templates": CONTEXTS, **({"second_moment": moments(lm)} if needs else {})}
+
+
 def sequence(lm, folder, name="rome", **changes):
-    setup = dict(SETUPS[name])
-    if setup["method"] in ("memit", "alphaedit"):
-        setup["second_moment"] = moments(lm)
-    arguments = {"seeds": [0], "evaluate_every": 2, "context_templates": CONTEXTS, **setup, **changes}
+    arguments = {"seeds": [0], "evaluate_every": 2, **setup_of(lm, name), **changes}
     return sequential_edits(lm, REQUESTS, TEXTS, store=Store(folder), **arguments)
 
 
@@ -87,11 +96,13 @@ def edited(monkeypatch):
     seen = []
     for name, method in verbs.METHODS.items():
 
-        def each(lm, requests, settings, each=method.each):
+        def counted(lm, requests, settings, made):
             seen.extend(request.case_id for request in requests)
-            return each(lm, requests, settings)
+            return made(lm, requests, settings)
 
-        monkeypatch.setitem(verbs.METHODS, name, verbs.dataclasses.replace(method, each=each))
+        made = {way: getattr(method, way) for way in ("each", "together") if getattr(method, way)}
+        counting = {way: partial(counted, made=function) for way, function in made.items()}
+        monkeypatch.setitem(verbs.METHODS, name, dataclasses.replace(method, **counting))
     return seen
 
 
@@ -225,7 +236,187 @@ def test_batches_in_sequence_go_on_too(lm):
         assert torch.equal(third.edit.deltas[name].dense(), delta.dense())
 
 
+def test_batches_of_a_longer_sequence_are_not_those_that_a_shorter_one_had_left(lm, tmp_path, edited):
+    batches = {"name": "memit with key_cache", "per_step": 2, "evaluate_every": 3}
+    five = sequence(lm, tmp_path / "in two", n_edits=5, **batches)
+    assert five["n_edits"].tolist() == [0, 2, 4, 5] and five["n_requests"].tolist()[1:] == [2, 2, 1]
+    assert five["checkpoint"].tolist() == [True, False, True, True], "the fourth is the first beyond three"
+    store = Store(tmp_path / "in two")
+    assert sequence_rows(stored_sequences(store=store)["key"][0], 0, store=store)["n_edits"].tolist() == [0, 2, 4, 5]
+    order, edited[:] = list(edited), []
+    six = sequence(lm, tmp_path / "in two", n_edits=6, **batches)
+    assert edited[0] == order[4] and len(edited) == 2, "the fifth anew, together with the sixth"
+    same(six, sequence(lm, tmp_path / "undisturbed", n_edits=6, **batches))
+    edited.clear()
+    same(sequence(lm, tmp_path / "in two", n_edits=5, **batches), five)
+    assert not edited
+    (found,) = stored_sequences(store=store).to_dict("records")
+    assert sequence_rows(found["key"], 0, store=store)["n_edits"].tolist() == [0, 2, 4, 6]
+    assert sum(int(part.split()[0]) for part in found["subjects"].split(", ")) == 6
+
+
+def test_batches_that_break_off_go_on_and_are_measured_as_one_edit(lm, tmp_path, monkeypatch):
+    batches = {"name": "alphaedit", "per_step": 2, "n_edits": 5, "evaluate_every": 2}
+    undisturbed = sequence(lm, tmp_path / "undisturbed", **batches)
+    row = orders.Orders.row
+    monkeypatch.setattr(orders, "STATE_SECONDS", 0.0)
+    monkeypatch.setattr(orders, "STATE_SHARE", np.inf)
+    for index in (2, 1):
+        def breaking(self, step, *arguments, index=index):
+            if step.index == index:
+                raise KeyboardInterrupt
+            return row(self, step, *arguments)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(orders.Orders, "row", breaking)
+            sequence(lm, tmp_path / f"broken at {index}", **batches)
+        same(sequence(lm, tmp_path / f"broken at {index}", **batches), undisturbed)
+
+    order, reference = orders.in_order(REQUESTS, 0)[:5], neighborhood_tokens(lm, REQUESTS)
+    steps = edit_sequence(lm, order, per_step=2, **setup_of(lm, "alphaedit"))
+    for step, of_step in zip(steps, undisturbed.iloc[1:].itertuples(), strict=True):
+        so_far = order[: step.index * 2 + len(step.requests)]
+        now, of_batch = edit_metrics(lm, so_far, reference), edit_metrics(lm, step.requests, reference)
+        assert of_step.case_id == ", ".join(str(request.case_id) for request in step.requests)
+        assert of_step.target_probability == pytest.approx(now["target_probability"].mean())
+        assert of_step.target_probability_last == pytest.approx(of_batch["target_probability"].mean())
+    right_after = undisturbed["target_probability_last"].iloc[1:]
+    weighted = np.average(right_after, weights=undisturbed["n_requests"].iloc[1:])
+    assert undisturbed["target_probability_after"].iloc[-1] == pytest.approx(weighted)
+
+
+# regularised
+
+
+@pytest.mark.parametrize("name", ["rome", "memit with key_cache", "alphaedit"])
+def test_each_step_is_regularised_against_the_weights_that_it_meets(lm, name):
+    setup = setup_of(lm, name)
+    method, C, templates = setup.pop("method"), setup.pop("second_moment", None), setup.pop("context_templates")
+    settings = verbs.settings_for(lm, method, templates, C, setup)
+    kind, by_hand, earlier = verbs.METHODS[method], [], []
+    with verbs.restoring(lm) as add:
+        for request in REQUESTS[:4]:
+            (plain,) = kind.each(lm, [request], dataclasses.replace(settings, earlier=tuple(earlier)))
+            by_hand.append(regularise(plain, lm, "rect", keep=0.4))
+            add(by_hand[-1])
+            earlier.append(kind.remembers(plain, settings.parameters))
+        expected = {weight: lm.model.get_parameter(weight).detach().clone() for weight in plain.deltas}
+        at_once = regularise(plain, lm, "rect", keep=0.4)
+    asked = {"name": "rect", "keep": 0.4}
+    for step, one in zip(edit_sequence(lm, REQUESTS[:4], regularise=asked, **setup_of(lm, name)), by_hand, strict=True):
+        for weight, delta in one.deltas.items():
+            assert torch.equal(step.edit.deltas[weight].dense(), delta.dense())
+            kept = delta.dense().count_nonzero().item() / delta.dense().numel()
+            assert kept == pytest.approx(0.4, abs=0.001)
+        assert step.edit.info["regulariser"] == "rect" and step.edit.info["update_norm"] == one.norm()
+        now = {weight: lm.model.get_parameter(weight).detach().clone() for weight in expected}
+    assert all(torch.equal(now[weight], expected[weight]) for weight in expected)
+    assert any(not torch.equal(at_once.deltas[w].dense(), by_hand[-1].deltas[w].dense()) for w in expected)
+
+
+def test_a_sequence_is_regularised_on_every_architecture(kind, make_lm):
+    lm = make_lm(kind)
+    setup, asked = {"layer": 1, "v_num_grad_steps": 2, "context_templates": CONTEXTS}, {"name": "rect", "keep": 0.3}
+    (first,) = edit(lm, REQUESTS[0], regularise=asked, **setup)
+    with applied(lm, first):
+        second = regularise(edit(lm, REQUESTS[1], **setup)[0], lm, "rect", keep=0.3)
+    found = [step.edit for step in edit_sequence(lm, REQUESTS[:2], regularise=asked, **setup)]
+    for one, expected in zip(found, (first, second), strict=True):
+        assert torch.equal(one.deltas[lm.weight_name(1)].dense(), expected.deltas[lm.weight_name(1)].dense())
+
+
+def test_what_is_random_is_drawn_anew_in_each_step_and_as_it_would_have_been_when_a_sequence_goes_on(lm, tmp_path):
+    draw = {"regularise": {"name": "random", "keep": 0.5, "seed": 3}}
+    two = sequence(lm, tmp_path / "in two", n_edits=2, **draw)
+    four = sequence(lm, tmp_path / "in two", n_edits=4, **draw)
+    same(four, sequence(lm, tmp_path / "undisturbed", n_edits=4, **draw))
+    same(four[:3], two)
+    seeds = [int(np.random.SeedSequence([3, step]).generate_state(1)[0]) for step in range(4)]
+    assert four["regulariser_seed"][1:].tolist() == seeds and len(set(seeds)) == 4
+    order = orders.in_order(REQUESTS, 0)
+    setup = setup_of(lm, "rome")
+    with applied(lm, edit(lm, order[0], regularise={**draw["regularise"], "seed": seeds[0]}, **setup)[0]):
+        (second,) = edit(lm, order[1], **setup)
+        assert four["update_norm"][2] == regularise(second, lm, "random", keep=0.5, seed=seeds[1]).norm()
+
+
+@pytest.mark.parametrize("asked, said", [
+    ("rect", "must be a regulariser by name and its arguments"),
+    ({"keep": 0.4}, "must be a regulariser by name and its arguments"),
+    ({"name": "rekt", "keep": 0.4}, "did you mean 'rect'"),
+    ({"name": "rect"}, "rect needs keep"),
+    ({"name": "rect", "keep": 0}, "keep must be a number above 0 and up to 1"),
+    ({"name": "rect", "keep": 0.4, "seed": 0}, "rect has no argument seed"),
+    ({"name": "rect", "keep": 0.4, "lm": 0}, "multiple values"),
+    ({"name": "random", "keep": 0.4, "seed": -1}, "seed must be a whole number"),
+    ({"name": "scale"}, "exactly one of"),
+    ({"name": "prune"}, "accumulated update"),
+])  # fmt: skip
+def test_a_regulariser_that_cannot_be_is_refused_before_any_work(lm, tmp_path, edited, asked, said):
+    setup = setup_of(lm, "rome")
+    for refused in (
+        lambda: edit_sequence(lm, REQUESTS, regularise=asked, **setup),
+        lambda: edit(lm, REQUESTS, regularise=asked, **setup),
+        lambda: sequence(lm, tmp_path, regularise=asked),
+    ):
+        with pytest.raises(MethodError, match=said):
+            refused()
+    assert not edited and not list(tmp_path.iterdir())
+
+
+def test_a_norm_is_asked_of_each_step(lm):
+    steps = edit_sequence(lm, REQUESTS[:2], regularise={"name": "scale", "norm": 0.25}, **setup_of(lm, "rome"))
+    assert [step.edit.norm() for step in steps] == pytest.approx([0.25, 0.25])
+
+
+def test_a_guard_judges_what_is_regularised_and_so_is_what_it_makes_instead(lm):
+    setup, C, half = setup_of(lm, "rome"), moments(lm), {"name": "scale", "factor": 0.5}
+    mixed, prefixed = (damage(lm, edit(lm, REQUESTS, key_mode=mode, **setup), C) for mode in ("mixed", "prefixed"))
+    ratio = prefixed["felt_relative"] / mixed["felt_relative"]
+    place = int(ratio.argmin())
+    assert ratio[place] < 1, "one that C-ROME makes less of"
+    most = float(mixed["felt_relative"][place] + prefixed["felt_relative"][place]) / 4  # between their halves
+    guard = Guard(most, "C-ROME", C)
+    made = edit(lm, REQUESTS, regularise=half, guard=guard, **setup)
+    assert made[place].info["guard"] == "fell back" and made[place].info["regulariser"] == "scale"
+    assert made[place].info["felt_relative"] == pytest.approx(mixed["felt_relative"][place] / 2)
+    assert damage(lm, [made[place]], C)["felt_relative"][0] == pytest.approx(prefixed["felt_relative"][place] / 2)
+    (step,) = edit_sequence(lm, REQUESTS[place], regularise=half, guard=guard, **setup)
+    assert step.edit.info["guard"] == "fell back" and step.edit.norm() == pytest.approx(made[place].norm())
+
+
+def test_what_is_not_asked_for_does_not_name_stored_rows(lm, tmp_path):
+    names = {"evaluate_every", "method", "context_templates", "second_moment"}
+    names |= {field.name for field in dataclasses.fields(verbs.METHODS["rome"].parameters)}
+    folders = []
+    for number, (more, added) in enumerate([
+        ({}, set()), ({"per_step": 1, "regularise": None, "tasks": None, "task_limit": 3}, set()),
+        ({"regularise": {"name": "rect", "keep": 0.4}}, {"regularise"}),
+    ]):  # fmt: skip
+        sequence(lm, tmp_path / str(number), n_edits=1, **more)
+        (path,) = (tmp_path / str(number)).rglob("key.json")
+        key = json.loads(path.read_text())
+        assert set(key["data"]) == {"texts", "requests"} and set(key["parameters"]) == names | added
+        folders.append(path.parent.name)
+    assert folders[0] == folders[1] != folders[2]
+
+
 # what is measured
+
+
+def test_tasks_are_scored_before_any_edit_and_at_checkpoints(lm, tmp_path):
+    tasks = {"tasks": ["sentiment", "nli"], "task_limit": 3}
+    frame = sequence(lm, tmp_path, n_edits=3, **tasks)
+    order = orders.in_order(REQUESTS, 0)[:3]
+    expected = [task_scores(lm, tasks["tasks"], 3)]
+    for step in edit_sequence(lm, order, **setup_of(lm, "rome")):
+        if step.index:
+            expected.append(task_scores(lm, tasks["tasks"], 3))
+    for name in tasks["tasks"]:
+        for column, end in (("score", ""), ("stderr", "_stderr")):
+            found = frame.loc[frame["checkpoint"], f"task_{name}{end}"]
+            assert found.tolist() == [scores.set_index("task")[column][name] for scores in expected]
+    assert frame[["task_nli", "task_nli_stderr"]].isna().all(axis=1).tolist() == [False, True, False, False]
 
 
 def test_a_checkpoint_says_what_is_said_forgotten_and_how_far_the_weights_are(lm, tmp_path):

@@ -208,7 +208,7 @@ def scale(
     else:
         value = factor if norm is None else norm
         check_number("factor" if norm is None else "norm", value, least=0, below=math.inf)
-        factors = dict.fromkeys(edit.deltas, value if norm is None else _ratio(norm, edit.norm()))
+        factors = {name: value if norm is None else _ratio(norm, edit.norm()) for name in edit.deltas}
     deltas = {name: delta.scaled(factors[name]) for name, delta in edit.deltas.items()}
     return deltas, {"factors": list(factors.values())}
 

@@ -63,13 +63,14 @@ class Guard(Bounded):
 
 def guarding(
     lm: LanguageModel, guard: Guard | None, settings: MethodSettings, progress: bool = True
-) -> Callable[[list[Edit]], list[Edit]]:
-    """Edits made with these settings -> the edits that are returned; all as they are without a guard.
+) -> Callable[[list[Edit], Callable[[Edit], Edit]], list[Edit]]:
+    """(edits made with these settings, what regularises each) -> the edits that are returned; without a guard, all.
 
+    They are regularised first, and so are those that are made anew.
     Raises at once what can be known before any edit: MethodError for a guard that cannot be meant, or has no text.
     """
     if guard is None:
-        return lambda edits: edits
+        return lambda edits, regularised: [regularised(each) for each in edits]
     if not isinstance(guard, Guard):
         raise MethodError(f"guard must be a Guard, as nbkit.Guard(most=...), not {shown(guard)}")
     if guard.instead == "C-ROME" and settings.method != "rome":
@@ -89,8 +90,9 @@ def guarding(
     def felt(edits: Sequence[Edit]) -> list[Felt]:
         return felt_of(lm, edits, moments(*projections(lm, edits).values()))
 
-    def judged(edits: list[Edit]) -> list[Edit]:
-        edits, asked = list(edits), felt(edits)
+    def judged(edits: list[Edit], regularised: Callable[[Edit], Edit]) -> list[Edit]:
+        edits = [regularised(each) for each in edits]
+        asked = felt(edits)
         about = [_about(guard, each) for each in asked]
         above = [place for place, each in enumerate(asked) if not each.relative <= guard.most]
         for place in set(range(len(edits))) - set(above):
@@ -98,7 +100,8 @@ def guarding(
         if above and guard.instead == "C-ROME" and settings.parameters.key_mode != "prefixed":
             prefixed = dataclasses.replace(settings.parameters, key_mode="prefixed")
             requests = [edits[place].request for place in above]
-            others = rome(lm, requests, dataclasses.replace(settings, parameters=prefixed))
+            anew = rome(lm, requests, dataclasses.replace(settings, parameters=prefixed))
+            others = [regularised(each) for each in anew]
             for place, other, each in zip(above, others, felt(others), strict=True):
                 about[place]["felt_relative_instead"] = each.relative
                 if each.relative <= guard.most:

@@ -27,6 +27,7 @@ from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard, guarding
 from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.method import MethodSettings
+from nbkit.methods.regularising import regularising
 from nbkit.methods.sequence_state import SequenceState, lay
 from nbkit.methods.table import METHODS, method_named
 from nbkit.models import prompts
@@ -63,6 +64,7 @@ def edit(
     progress: bool = True,
     batch_size: int | None = None,
     guard: Guard | None = None,
+    regularise: Mapping[str, Any] | None = None,
     **hparams: Any,
 ) -> list[Edit]:
     """Independent edits of the model as it is, one Edit a request; the model is unchanged afterwards.
@@ -81,14 +83,16 @@ def edit(
     default text, and cached (`moments.default_second_moments`). hparams override hparams.toml, of which None takes the
     default. progress: a bar, when there is more than one request. MethodError for an unknown method or hyper-parameter.
     guard: what is done with edits that ordinary text would feel too much of (`nbkit.Guard`); None returns all.
+    regularise: a regulariser by name with its arguments, as {"name": "rect", "keep": 0.4}; each edit is then what
+    `nbkit.regularise` makes of it. The guard judges that.
     """
-    requests = as_requests(requests)
+    requests, regularised = as_requests(requests), regularising(lm, regularise)
     if batch_size is not None:
         check_number("batch_size", batch_size, whole=True, least=1)
     run = {"progress": progress and len(requests) > 1, "batch_size": batch_size}
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
     guarded = guarding(lm, guard, settings, progress)
-    return guarded(METHODS[method].each(lm, requests, settings))
+    return guarded(METHODS[method].each(lm, requests, settings), regularised)
 
 
 @verb
@@ -100,6 +104,7 @@ def edit_batch(
     second_moment: SecondMomentLike = None,
     progress: bool = True,
     guard: Guard | None = None,
+    regularise: Mapping[str, Any] | None = None,
     **hparams: Any,
 ) -> Edit:
     """ONE edit that carries all requests; the model is unchanged afterwards. Arguments as in `edit`.
@@ -108,14 +113,14 @@ def edit_batch(
 
     MethodError for a method that makes one edit of one request, as ROME does, and for no requests.
     """
-    requests = as_requests(requests)
-    together = _together(method)
+    requests, regularised = as_requests(requests), regularising(lm, regularise)
+    together = together_of(method)
     if not requests:
         raise MethodError("a batch needs at least one request")
     run = {"progress": progress and len(requests) > 1}
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress, **run)
     guarded = guarding(lm, guard, settings, progress)
-    (made,) = guarded([together(lm, requests, settings)])
+    (made,) = guarded([together(lm, requests, settings)], regularised)
     return made
 
 
@@ -130,6 +135,7 @@ def edit_sequence(
     per_step: int = 1,
     guard: Guard | None = None,
     start: SequenceState | None = None,
+    regularise: Mapping[str, Any] | None = None,
     **hparams: Any,
 ) -> Iterator[Step]:
     """Edit by edit, each computed on the already edited model; arguments as in `edit`, checked at once.
@@ -137,6 +143,13 @@ def edit_sequence(
     per_step: how many requests each edit of the sequence carries; more than one is for methods that make batches. The
     last step has those that are left. guard: of each step's edit, against the weights that it meets; the sequence goes
     on without one that is refused.
+
+    regularise: of each step's edit, before the guard and before it is in the weights: W is the weight that the edit
+    meets, with all edits before it, as in RECT. An edit of several layers is regularised when it is whole, one weight
+    after another: MEMIT computes a layer in the model that carries the plain updates of those below, as the published
+    MEMIT with RECT does (AlphaEdit's repository, memit_rect_main.py). What later steps know of it besides the weights,
+    such as AlphaEdit's keys, stays the plain edit's. What is random is drawn anew in each step: by
+    numpy.random.SeedSequence([seed, index of the step]), so that a sequence that goes on draws what it would have.
 
     start: `state()` of a step of a sequence of the same model, requests and arguments, which this one then goes on
     from, as if it had never ended: the requests up to there are not edited again, and `Step.index` counts on.
@@ -146,9 +159,9 @@ def edit_sequence(
     restored bit for bit (if the iterator was kept under a name: once it is closed, or collected; not in the middle of
     a verb). Two loops side by side see each other's edits, and each takes out its own.
     """
-    requests = as_requests(requests)
+    requests, regularised = as_requests(requests), regularising(lm, regularise)
     check_number("per_step", per_step, whole=True, least=1)
-    together = None if per_step == 1 else _together(method)
+    together = None if per_step == 1 else together_of(method)
     settings = settings_for(lm, method, context_templates, second_moment, hparams, wait=progress)
     guarded = guarding(lm, guard, settings, progress)
     chunks = [tuple(requests[place : place + per_step]) for place in range(0, len(requests), per_step)]
@@ -174,7 +187,7 @@ def edit_sequence(
                 with in_use(lm):
                     here = dataclasses.replace(settings, earlier=tuple(earlier))
                     new = together(lm, chunk, here) if together else METHODS[method].each(lm, chunk, here)[0]
-                    (new,) = guarded([new])
+                    (new,) = guarded([new], partial(regularised, step=index))
                     add(new)
                 changed |= dict.fromkeys(new.deltas)
                 if new.info.get("guard") != "refused":  # whose keys are in no weight, and so are not to be spared
@@ -203,7 +216,7 @@ def settings_for(
     return MethodSettings(method, parameters, templates, SecondMoments.of(moments, lm), **run)
 
 
-def _together(method: str):
+def together_of(method: str) -> Callable[..., Edit]:
     """The function of a method that makes one edit of many requests; MethodError for another's."""
     together = method_named(method).together
     if together is None:

@@ -81,7 +81,11 @@ class SequenceView(VBox):
 
     @property
     def step(self) -> int:
-        return self.slider.value
+        """The last step up to where the slider is: where an edit carries several requests, not every number is one."""
+        if self.rows.empty:
+            return 0
+        steps = self.rows.loc[self.rows["seed"] == self.seed, "n_edits"]
+        return int(steps[steps <= self.slider.value].max())
 
     def refresh(self) -> None:
         """Reads anew what is stored; the sequence shown stays, if it is still there."""
@@ -155,6 +159,9 @@ def _step_in_words(rows: pd.DataFrame, step: int) -> str:
     values, scores = step_values(rows, step), step_scores(rows, step)
     if step == 0:
         what = "<b>The unedited model</b>"
+    elif "n_requests" in row and pd.notna(row["n_requests"]):
+        first = step - int(row["n_requests"]) + 1
+        what = f"<b>Edits {first} to {step}</b>, at once: cases {escape(str(row['case_id']))}"
     else:
         was = f" instead of <b>{escape(row['target_true'])}</b>" if isinstance(row["target_true"], str) else ""
         text = row["prompt"].replace("{}", row["subject"])

@@ -52,7 +52,7 @@ def stored_sequences(study: str = SEQUENTIAL, store: Store | None = None) -> pd.
     rows = _rows(study, store)
     found = []
     for (key, seed), sequence in rows.groupby(["key", "seed"], sort=False):
-        kinds = sequence["subject_kind"].value_counts()
+        kinds = sequence["subject_kind"].dropna().astype(str).str.split(", ").explode().value_counts()
         last = sequence.iloc[-1]
         about = {name: sequence[f"parameters.{name}"].iloc[0] for name in ("method", "evaluate_every")}
         found.append(
@@ -129,13 +129,19 @@ def _at(rows: pd.DataFrame, step: int) -> pd.Series:
 
 
 def _rows(study: str, store: Store | None) -> pd.DataFrame:
-    """Each row once, whichever runs asked for it."""
+    """Each row once, whichever runs asked for it; without the last edit of a shorter sequence whose requests a longer
+    one edits together with others."""
     rows = results(study, store=store)
     missing = [name for name in ("seed", "n_edits", "perplexity", "checkpoint") if name not in rows]
     if missing:
         raise ResultsError(f"the rows of {study} are no sequences of edits: they have no {', '.join(missing)}")
     rows = rows.sort_values(["key", "seed", "n_edits", "checkpoint"], kind="stable")  # measured at the end of one: last
-    return rows.drop_duplicates(["key", "seed", "n_edits"], keep="last", ignore_index=True)
+    rows = rows.drop_duplicates(["key", "seed", "n_edits"], keep="last", ignore_index=True)
+    if "parameters.per_step" not in rows:
+        return rows
+    whole = rows["n_edits"] % rows["parameters.per_step"].fillna(1) == 0
+    longest = rows.groupby(["key", "seed"])["n_edits"].transform("max")
+    return rows[whole | (rows["n_edits"] == longest)].reset_index(drop=True)
 
 
 def _parameter(rows: pd.DataFrame, name: str) -> str | None:

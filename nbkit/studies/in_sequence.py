@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nbkit.records.bars import steps
 from nbkit.records.requests import EditRequest
 from nbkit.studies import metrics as measure
 from nbkit.studies.generation import begins_with
+from nbkit.studies.task_columns import Tasks
 
 SAID = {"forgotten": "efficacy_argmax", "forgotten_generated": "efficacy_generated"}  # column -> of which metric
 
@@ -31,7 +33,8 @@ class InSequence:
     """Measures one model; what belongs to the unedited model is computed once.
 
     generated: arguments of `models.generation.generated`, None for none. text_moment: of ordinary text, which the
-    drift is felt by; None: of the unedited model on its default text, where it brings one.
+    drift is felt by; None: of the unedited model on its default text, where it brings one. tasks: that are scored;
+    None for none.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class InSequence:
         texts: Sequence[str],
         generated: Mapping[str, Any] | None = None,
         text_moment: SecondMoments | None = None,
+        tasks: Tasks | None = None,
     ):
-        self.lm, self.texts, self.generated, self.text_moment = lm, texts, generated, text_moment
+        self.lm, self.texts, self.generated, self.text_moment, self.tasks = lm, texts, generated, text_moment, tasks
         self.choices: dict[EditRequest, list[tuple[int, ...]]] = {}
         self.moments: dict[tuple[int, ...], SecondMoments] = {}
 
@@ -61,12 +65,24 @@ class InSequence:
             frame["efficacy_generated"] = np.array(told)
         return frame.astype(float)
 
-    def of_model(self, requests: Sequence[EditRequest], right_after: Mapping[str, float]) -> dict[str, float]:
-        """The columns of a checkpoint. requests: all so far; right_after: means of their metrics right after each."""
+    def of_model(
+        self, requests: Sequence[EditRequest], right_after: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """The columns of a checkpoint. requests: all so far; right_after: means of their metrics right after each, None
+        where they are in one edit, of which nothing is forgotten."""
         means = self.of_edits(requests).mean().to_dict()
         row = {"perplexity": measure.perplexity(self.lm, self.texts), **means}
-        row |= {name: right_after[metric] - means[metric] for name, metric in SAID.items() if metric in means}
-        return row | self.drifted()
+        if right_after is not None:
+            row |= {name: right_after[metric] - means[metric] for name, metric in SAID.items() if metric in means}
+        return row | self.drifted() | self.scored()
+
+    def scored(self) -> dict[str, float]:
+        return {} if self.tasks is None else self.tasks.columns(self.lm)
+
+    @cached_property
+    def scored_unedited(self) -> dict[str, float]:
+        """As `scored`, of the model that it is asked of first: before any edit, the same for all sequences."""
+        return self.scored()
 
     def drifted(self) -> dict[str, float]:
         found = drift(self.lm, self._text_moment())

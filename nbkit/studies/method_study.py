@@ -7,8 +7,9 @@ changes it by no more than rounding.
 
 Every study takes a `store` (None: `runs/results`), the `method` with its hyper-parameters, and `context_templates` and
 `second_moment` as in `nbkit.edit`. The model is unchanged afterwards, also after an interrupt. An infinite or NaN
-perplexity is a result, stored as such. `single_edits` and `sequential_edits` take `guard` too: each row then has what
-it did (guard, felt_relative and so on; methods/guard.py).
+perplexity is a result, stored as such. `single_edits`, `batch_edits` and `sequential_edits` take `guard` and
+`regularise` too: each row then has what it did (guard, felt_relative and so on, methods/guard.py;
+regulariser_norm_ratio and so on, edits/regularisers.py).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from nbkit.errors import MethodError, NbkitError
 from nbkit.keys.solving import SecondMomentLike, SecondMoments
 from nbkit.methods.guard import Guard
 from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.regularising import regularising
 from nbkit.methods.setups import in_words
 from nbkit.methods.table import METHODS
 from nbkit.methods.verbs import as_templates, edit, needed_moments
@@ -55,7 +57,9 @@ class MethodStudy:
         store: Store | None,
         hparams,
         guard: Guard | None = None,
+        regularise: Mapping[str, Any] | None = None,
     ):
+        regularising(lm, regularise)
         self.lm, self.method, self.hparams = lm, method, hparams
         parameters = hyper_parameters(lm, method, **hparams)  # checks them before any work
         second_moment = needed_moments(lm, method, parameters, second_moment)
@@ -73,6 +77,9 @@ class MethodStudy:
         if isinstance(guard, Guard):  # `edit` refuses what is none
             about = {"most": guard.most, "instead": guard.instead}
             self.parameters["guard"] = about | {"second_moment": _digest_of(guard.second_moment)}
+        self.regularise = regularise
+        if regularise is not None:
+            self.parameters["regularise"] = dict(regularise)
         read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
         if read:
             self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]
@@ -94,6 +101,7 @@ class MethodStudy:
             "context_templates": as_templates(self.lm, self.given_templates, self.method),
             "second_moment": self.moments,
             **({} if self.guard is None else {"guard": self.guard}),
+            **({} if self.regularise is None else {"regularise": self.regularise}),
             **self.hparams,
         }
 

@@ -10,7 +10,6 @@ Rows are stored treatment by treatment, named by all that determines the edit: o
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.lists import as_texts
-from nbkit.records.provenance import canonical, code_version, digest, files_digest, provenance
+from nbkit.records.provenance import canonical, code_version, digest, provenance
 from nbkit.records.results import Store, Study
 from nbkit.studies import metrics as measure
 from nbkit.studies import task_scores as tasks
 from nbkit.studies.method_study import MethodStudy
+from nbkit.studies.task_columns import tasks_data
 from nbkit.studies.treatments import Treatment, check_treatments, edits_of, named
 
 EDITS_AT_ONCE = 32  # treatments whose edits are made, measured and stored together
@@ -93,9 +93,7 @@ def treated_scores(
     treatments = check_treatments(treatments)
     tasks.check_tasks(task_names, limit, include_path)
     names = None if task_names is None else list(task_names)
-    data: dict[str, Any] = {"tasks": files_digest(Path(include_path))}
-    if not set(names or ()) <= set(tasks.task_files(include_path)):
-        data["lm_eval"] = version("lm_eval")  # whose tasks these are
+    data = tasks_data(names, include_path)
     asked_for = {"tasks": names, "limit": limit, "all_metrics": all_metrics}
     study, by_unit, units = _study(lm, "treated_scores", treatments, store, data, **asked_for)
     made = {} if made is None else made

@@ -1,0 +1,60 @@
+"""Updates that are regularised as they are made, before a guard looks at them and before they are in the weights.
+
+    for step in nbkit.edit_sequence(lm, requests, regularise={"name": "rect", "keep": 0.4}):
+        step.edit.info["regulariser_norm_ratio"]
+
+What is asked for is a mapping of texts and numbers, so that a parameter of a notebook or a file can be it: the name of
+one of `edits.regularisers.REGULARISERS`, and its arguments.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nbkit.edits.edit import Edit
+from nbkit.edits.editable import EditableModel
+from nbkit.edits.regularisers import REGULARISERS, regularise
+from nbkit.errors import MethodError
+from nbkit.records.bounds import check_choice, shown
+
+
+def regularising(lm: EditableModel, asked: Mapping[str, Any] | None) -> Callable[..., Edit]:
+    """(edit, step=None) -> the edit regularised against the weights as they then are; as it is where None is asked for.
+
+    step: the index of a step of a sequence, for which what is random is drawn anew: each `seed` among the arguments, of
+    a regulariser inside another too, gives way to one that it and the index determine.
+
+    MethodError at once for what is no such mapping, an unknown name or argument, or a value that cannot be; and for
+    prune, which is of all edits together.
+    """
+    if asked is None:
+        return lambda edit, step=None: edit
+    if not isinstance(asked, Mapping) or "name" not in asked:
+        raise MethodError(
+            f'regularise must be a regulariser by name and its arguments, as {{"name": "rect", "keep": 0.4}}, '
+            f"not {shown(asked)}"
+        )
+    check_choice("the name of regularise", asked["name"], list(REGULARISERS))
+    if asked["name"] == "prune":
+        raise MethodError(
+            "prune is of the accumulated update of unedited weights, not of one edit as it is made: make the edits "
+            'without it, then nbkit.regularise(nbkit.accumulated(edits), lm, "prune")'
+        )
+    try:
+        regularise(Edit({}), lm, **asked)  # an edit without updates, of which the arguments alone are looked at
+    except TypeError as error:
+        raise MethodError(f"regularise cannot be {shown(dict(asked))}: {error}") from error
+    return partial(_regularised, lm, dict(asked))
+
+
+def _regularised(lm: EditableModel, asked: Mapping[str, Any], edit: Edit, step: int | None = None) -> Edit:
+    return regularise(edit, lm, **(asked if step is None else _of_step(asked, step)))
+
+
+def _of_step(asked: Mapping[str, Any], step: int) -> dict[str, Any]:
+    found = {name: _of_step(value, step) if isinstance(value, Mapping) else value for name, value in asked.items()}
+    if found.get("seed") is not None:
+        found["seed"] = int(np.random.SeedSequence([int(found["seed"]), step]).generate_state(1)[0])
+    return found
