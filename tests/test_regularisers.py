@@ -12,7 +12,8 @@ import nbkit
 from nbkit import accumulated, regularise
 from nbkit.edits.edit import Edit
 from nbkit.edits.overlays import applied
-from nbkit.edits.regularisers import REGULARISERS, _largest
+from nbkit.edits.regularisers import REGULARISERS
+from nbkit.edits.selection import largest
 from nbkit.edits.updates import Dense, LowRank
 from nbkit.errors import MethodError, ModelError
 from nbkit.records.requests import EditRequest
@@ -100,7 +101,7 @@ def test_zero_weights_go_first_and_zero_updates_last(tiny):
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 7, 8])
 def test_the_mask_of_the_largest_is_exact(n):
     scores = torch.tensor([0.0, 3, 1, 3, torch.inf, 0, 3, 2])
-    mask = _largest(scores, n)
+    mask = largest(scores, n)
     expected = sorted(range(8), key=lambda i: (-scores[i], i))[:n]
     assert mask.nonzero().reshape(-1).tolist() == sorted(expected)
 

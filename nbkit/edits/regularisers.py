@@ -7,28 +7,22 @@
 
 All see an update in orientation (d_out, d_in), so a transposed architecture makes no difference. A bias is a weight of
 one column to them.
-Sources: Gu et al., Model Editing Harms General Abilities of Large Language Models (RECT, random, PCA); Ma et al.,
-Perturbation-Restrained Sequential Model Editing, arXiv 2405.16821 (PRUNE).
+The functions are in selection.py and spectra.py, with their sources; `scale` is here.
 """
 
 import dataclasses
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from nbkit.edits.edit import Edit, as_edits
 from nbkit.edits.editable import EditableModel
-from nbkit.edits.updates import Dense, Update, total
-from nbkit.errors import MethodError, ModelError
-from nbkit.records.bounds import check_choice, check_number
-
-Deltas = dict[str, Update]
+from nbkit.edits.selection import random, rect
+from nbkit.edits.spectra import pca, prune
+from nbkit.edits.updates import Deltas, total
+from nbkit.errors import MethodError
+from nbkit.records.bounds import check_number
 
 
 def regularise(edit: Edit, lm: EditableModel, name: str, **arguments: Any) -> Edit:
@@ -79,113 +73,6 @@ def accumulated(edits: Sequence[Edit]) -> Edit:
     return dataclasses.replace(added, info={"n_edits": len(edits), "update_norm": added.norm()})
 
 
-def rect(edit: Edit, lm: EditableModel, *, keep: float) -> tuple[Deltas, dict]:
-    """RECT: of each weight, the round(keep · size) entries with the largest δ = |ΔW / W|; all others become 0.
-
-    W is the weight in lm, which in a sequence carries the earlier edits, as in RECT. Where W = 0, δ is infinite, or 0
-    if ΔW = 0 too; where it would be NaN, infinite. Of equal δ those are kept that come first in (d_out, d_in), row by
-    row.
-    """
-    check_number("keep", keep, above=0, most=1)
-    deltas = {}
-    for name, delta in edit.deltas.items():
-        update = delta.to(lm.device).dense()
-        change = update.double().abs()
-        ratio = (change / lm.oriented(name).double().abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        relative = torch.where(change == 0, 0.0, ratio).reshape(-1)
-        deltas[name] = _only(update, _largest(relative, round(keep * update.numel())))
-    return deltas, {}
-
-
-def random(edit: Edit, lm: EditableModel, *, keep: float, seed: int) -> tuple[Deltas, dict]:
-    """Of each weight, round(keep · size) entries drawn at random; all others become 0. The baseline of RECT.
-
-    The same seed draws the same entries for every edit of the same weights, on every device.
-    """
-    check_number("keep", keep, above=0, most=1)
-    check_number("seed", seed, least=0, below=2**64, whole=True)
-    generator = torch.Generator().manual_seed(int(seed))
-    deltas = {}
-    for name, delta in edit.deltas.items():
-        update = delta.dense()
-        kept = torch.zeros(update.numel(), dtype=torch.bool)
-        kept[torch.randperm(update.numel(), generator=generator)[: round(keep * update.numel())]] = True
-        deltas[name] = _only(update, kept)
-    return deltas, {}
-
-
-def pca(edit: Edit, lm: EditableModel, *, n_components: int, variant: str = "proper") -> tuple[Deltas, dict]:
-    """Principal components of each update, whose rows are those of ΔWᵀ (d_in, d_out): d_in samples of d_out features.
-
-    That is the orientation in which GPT-2 stores its weights, taken here for every architecture.
-    variant "proper": ΔWᵀ is projected on the first components and transformed back, its mean row included; a rank-one
-    update loses nothing. "as_released": what RECT's published code does, the scores written into the first n_components
-    columns of zeros, without the way back; they are coordinates in another basis than the model's, so that little is
-    left of the edit. The sign of a component, free in theory, is that which makes its largest entry positive.
-
-    The update of a bias, a single sample, has no components and stays as it is.
-    """
-    check_choice("variant", variant, ("proper", "as_released"))
-    check_number("n_components", n_components, least=1, whole=True)
-    deltas = {}
-    for name, delta in edit.deltas.items():
-        if lm.model.get_parameter(name).dim() == 1:
-            deltas[name] = delta
-            continue
-        if n_components > min(delta.shape):
-            raise MethodError(f"n_components is {n_components}, but {name} is {delta.shape} and has no more than that")
-        _check_finite(name, delta)
-        mean, centred = delta.centred()
-        # ΔW less its mean = U diag(s) Vᵀ: the components are U's columns, the scores V diag(s).
-        u, s, vh = centred.svd()
-        u, s, vh = u[:, :n_components], s[:n_components], vh[:n_components]
-        if variant == "proper":
-            update = (u * s) @ vh + mean
-        else:
-            largest = u.gather(0, u.abs().argmax(0, keepdim=True))
-            update = torch.zeros(delta.shape, dtype=u.dtype, device=u.device)
-            update[: len(s)] = (s[:, None] * vh) * torch.where(largest < 0, -1.0, 1.0).T
-        deltas[name] = Dense(update.to(delta.dtype))
-    return deltas, {}
-
-
-def prune(edit: Edit, lm: EditableModel, *, base: float = math.e, function: str = "log") -> tuple[Deltas, dict]:
-    """PRUNE: the large singular values of an accumulated update (`accumulated(edits)`) are held back.
-
-    ΔW = U diag(s) Vᵀ, and m is the largest singular value of the unedited weight W₀. Each s_i ≥ m becomes
-    log_a(s_i) - log_a(m) + m for function "log" (a = `base` > 1; the paper takes e, 2, 1.5 or 1.2), or (s_i + m) / 2
-    for "linear"; smaller ones stay, and an update without larger ones is returned as it is. Low rank stays low.
-
-    Near m the logarithm has the slope 1 / (m ln a): where m < 1 / ln a it makes singular values LARGER. The formula is
-    kept as published, and a warning says so when it happens.
-
-    info: regulariser_limit, m of each weight, and regulariser_restrained, how many singular values were changed.
-    ModelError for a model that carries edits: W₀ is its unedited weight.
-    """
-    if lm.n_applied:
-        raise ModelError(f"prune compares with the unedited weights, but {lm.name} carries {lm.n_applied} edit(s)")
-    check_choice("function", function, ("log", "linear"))
-    check_number("base", base, above=1, below=math.inf)
-    deltas, limits, restrained = {}, [], []
-    for name, delta in edit.deltas.items():
-        _check_finite(name, delta)
-        limit = float(torch.linalg.matrix_norm(lm.oriented(name).double(), 2))
-        svd = delta.svd()
-        s = svd.s
-        large = s >= limit
-        changed = (s + limit) / 2 if function == "linear" else (s / limit).log() / math.log(base) + limit
-        if (changed > s)[large].any():
-            warnings.warn(
-                f"prune enlarges singular values of {name}: its unedited weight has none above {limit:.3g}, where "
-                f"log to the base {base:.3g} is steep; use a larger base, or function='linear'",
-                stacklevel=3,
-            )
-        deltas[name] = delta.with_svd(svd._replace(s=torch.where(large, changed, s))) if large.any() else delta
-        limits.append(limit)
-        restrained.append(int(large.sum()))
-    return deltas, {"limit": limits, "restrained": restrained}
-
-
 def scale(
     edit: Edit,
     lm: EditableModel,
@@ -230,25 +117,6 @@ def _arguments(name: str, function: Callable, given: dict[str, Any]) -> dict[str
     if missing:
         raise MethodError(f"{name} needs {' and '.join(missing)}")
     return arguments
-
-
-def _check_finite(name: str, delta: Update) -> None:
-    if not delta.isfinite():
-        raise MethodError(f"the update of {name} holds NaN or infinite values, of which there are no singular values")
-
-
-def _only(update: Float[Tensor, "d_out d_in"], kept: Bool[Tensor, " n"]) -> Dense:
-    """The update's entries that are kept, counted row by row; all others 0."""
-    return Dense(torch.where(kept.view(update.shape).to(update.device), update, 0))
-
-
-def _largest(scores: Float[Tensor, " n"], n: int) -> Bool[Tensor, " n"]:
-    """Where the n largest are; of equal ones the first."""
-    if n == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(len(scores) - n + 1).values
-    above, tied = scores > threshold, scores == threshold
-    return above | (tied & (tied.cumsum(0) <= n - above.sum()))
 
 
 def _ratio(norm: float, present: float) -> float:
