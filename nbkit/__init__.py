@@ -37,6 +37,7 @@ _NAMES = {
     "unedited": "edits.overlays",
     "regularise": "edits.regularisers",
     "accumulated": "edits.regularisers",
+    "delta_statistics": "edits.statistics",
     "save_edits": "edits.edit_files",
     "load_edits": "edits.edit_files",
     "collapse_risk": "studies.risk",

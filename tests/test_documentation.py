@@ -25,6 +25,7 @@ from nbkit.architectures import ARCHITECTURES
 from nbkit.batch.parameters import declared, fitted
 from nbkit.batch.run import find_notebook
 from nbkit.batch.sweep import combinations, grid_of
+from nbkit.edits.regularisers import REGULARISERS
 from nbkit.keys import moments
 from nbkit.methods import METHODS
 from nbkit.methods.hparams import HPARAMS
@@ -277,6 +278,11 @@ def test_the_tables_of_methods_are_those_of_the_code():
         assert (row["context templates"] == "yes") == bool(method.template_lengths)
         of_readme_too = next(one for one in of_readme if one["method="].strip('"') == row["method="])
         assert all(row[verb] == of_readme_too[verb] for verb in ("edit", "edit_batch", "edit_sequence"))
+
+
+def test_the_table_of_regularisers_names_each():
+    (rows,) = tables(METHODS_PAGE, "regulariser")
+    assert sorted(row["regulariser"] for row in rows) == sorted(REGULARISERS)
 
 
 def test_the_tables_of_hyper_parameters_are_those_of_the_code():

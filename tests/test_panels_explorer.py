@@ -175,6 +175,20 @@ def test_a_second_click_does_no_harm(explorer):
     assert not explorer.edit_button.disabled
 
 
+def test_the_arguments_of_a_regulariser_are_fields(explorer):
+    settings = explorer.settings
+    settings.regulariser.value = "random"
+    settings.arguments["rescaled"][1].value = "True"
+    assert settings.read().regulariser_arguments == {"keep": 0.4, "seed": 0, "rescaled": True}
+    settings.arguments["rescaled"][1].value = "yes"
+    with pytest.raises(MethodError, match="rescaled must be one of True, False, not 'yes'"):
+        settings.read()
+    settings.regulariser.value = "imitate"
+    assert settings.read().regulariser_arguments == {"kind": "gaussian", "seed": 0}
+    settings.regulariser.value = "scale"
+    assert list(settings.arguments) == ["factor", "norm", "measure"], "an edit and matrices are not typed in"
+
+
 def test_the_code_does_the_same_again(explorer, monkeypatch, capsys):
     """All that was done, as a script, on the same model under its name."""
     explorer.settings.regulariser.value = "rect"

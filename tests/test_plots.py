@@ -19,6 +19,7 @@ from nbkit import plots
 from nbkit.errors import ResultsError
 from nbkit.plots import points, style
 from nbkit.records import correlation
+from nbkit.records.ability import with_ability
 from nbkit.records.calibration import line
 from nbkit.records.collapse import detection
 from nbkit.records.survival import surviving
@@ -326,6 +327,38 @@ def areas_frame():
     return pd.DataFrame(rows, columns=["method", "score", "auc", "low", "high", "rising", "n"])
 
 
+def controls_frame():
+    """Nine regularisers of two methods in sequence, three orders each, and batches of several sizes."""
+    names = ["none", *(f"RECT {keep} %" for keep in (80, 60, 40, 20)), "random", "PCA as released", "PCA", "scaled"]
+    rows = [
+        {"method": method, "regulariser": name, "seed": seed, "n_edits": n, "batch_size": size,
+         "task_nli": 0.5 + 0.4 * math.exp(-n * rate), "task_open_qa": 0.6 * math.exp(-n * (rate + seed / 200)),
+         "reliability": 1 - 0.09 * (8 - place) - seed / 50, "generalization": 0.6, "locality": 0.8}
+        for rate, method in ((0.02, "ROME"), (0.01, "MEMIT")) for place, name in enumerate(names) for seed in range(3)
+        for size in (1, 10, 1000) for n in range(0, 21, 5)
+    ]  # fmt: skip
+    rows = pd.DataFrame(rows)
+    return rows.assign(task_nli=rows["task_nli"].where(rows["n_edits"] == 0, rows["task_nli"] - rows.index % 27 / 200))
+
+
+def control_curves(axes):
+    frame = controls_frame()
+    shown = plots.task_curves(frame.query("method == 'ROME' and batch_size == 1"), axes[0], {"nli": 0.5})
+    batches = frame.query("regulariser == 'none' and n_edits in (0, 20)")
+    shown += plots.task_curves(batches, axes[1], {"nli": 0.5}, x="batch_size", by="method")
+    plots.shared_legend(axes[0, 0].figure, shown, ncols=6)
+
+
+def pareto_points(ax):
+    frame = with_ability(controls_frame().query("batch_size == 1"), {"nli": 0.5, "open_qa": 0})
+    return plots.pareto_front(frame.query("n_edits == 20"), ax)
+
+
+def changes_by_step(axes):
+    rank_one = RANDOM.standard_t(3, (15, 80, 1)) * RANDOM.standard_t(3, (15, 1, 320))
+    plots.weight_maps({f"{n} edits": rank_one[:n].sum(0) for n in (1, 5, 10, 15)}, axes, cells=40)
+
+
 # name: (draws on an axes or an array of them, height in inches, arguments of plt.subplots)
 FIGURES = {
     "perplexity_per_edit": (lambda ax: plots.perplexity_per_edit(single_frame(), ax), 2.5, {}),
@@ -379,6 +412,15 @@ FIGURES = {
     "ability_and_worst_task": (lambda ax: plots.ability_vs_perplexity(abilities_frame(), ax, worst=True), 3.0, {}),
     "weights_above": (lambda ax: plots.weights_above(weight_changes(), ax), 2.4, {}),
     "weight_maps": (weight_panels, 2.4, {"ncols": 2}),
+    "control_curves": (control_curves, 4.4, {"nrows": 2, "ncols": 2}),
+    "batch_grid": (lambda ax: plots.batch_grid(controls_frame()[:45], ax, "task_nli"), 1.8, {}),
+    "pareto_front": (pareto_points, 3.4, {}),
+    "scores_by_regulariser": (
+        lambda ax: plots.method_scores(controls_frame(), ax, "regulariser", plots.ZSRE_SCORES),
+        2.6,
+        {},
+    ),
+    "weight_maps_by_step": (changes_by_step, 2.0, {"ncols": 4}),
     "template_similarity": (lambda ax: plots.template_similarity(TEMPLATES, ax), 1.5, {}),
 }
 
@@ -396,9 +438,11 @@ def draw(name):
 
 
 def shown_ticks(axis):
-    """The tick labels that are drawn: matplotlib keeps others, beyond the axis' ends."""
+    """The tick labels that are drawn: matplotlib keeps others, beyond the axis' ends and on its other side."""
     low, high = sorted(axis.get_view_interval())
-    return [tick.label1 for tick in axis.get_major_ticks() if tick.label1.get_text() and low <= tick.get_loc() <= high]
+    labels = [label for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high
+              for label in (tick.label1, tick.label2)]  # fmt: skip
+    return [label for label in labels if label.get_text() and label.get_visible()]
 
 
 def texts_of(fig):

@@ -38,7 +38,7 @@ ROME = {"method": "rome", "layer": 1, **SEARCH}
 MEMIT = {"method": "memit", "layers": [0, 1], "second_moment_weight": 3.0, **SEARCH}
 TASKS = ["sentiment", "nli"]
 LIMIT = 3
-SCORED = [f"task_{name}{end}" for name in TASKS for end in ("", "_stderr")]
+SCORED = [f"task_{name}{end}" for name in TASKS for end in ("", ":stderr")]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def measured(lm, requests, reference):
     found = {"perplexity": perplexity(lm, TEXTS)}
     found |= edit_metrics(lm, requests, reference)[list(SCORES)].mean().to_dict() if requests else {}
     for name in TASKS:
-        found |= {f"task_{name}": scores["score"][name], f"task_{name}_stderr": scores["stderr"][name]}
+        found |= {f"task_{name}": scores["score"][name], f"task_{name}:stderr": scores["stderr"][name]}
     return found
 
 

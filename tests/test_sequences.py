@@ -413,10 +413,10 @@ def test_tasks_are_scored_before_any_edit_and_at_checkpoints(lm, tmp_path):
         if step.index:
             expected.append(task_scores(lm, tasks["tasks"], 3))
     for name in tasks["tasks"]:
-        for column, end in (("score", ""), ("stderr", "_stderr")):
+        for column, end in (("score", ""), ("stderr", ":stderr")):
             found = frame.loc[frame["checkpoint"], f"task_{name}{end}"]
             assert found.tolist() == [scores.set_index("task")[column][name] for scores in expected]
-    assert frame[["task_nli", "task_nli_stderr"]].isna().all(axis=1).tolist() == [False, True, False, False]
+    assert frame[["task_nli", "task_nli:stderr"]].isna().all(axis=1).tolist() == [False, True, False, False]
 
 
 def test_a_checkpoint_says_what_is_said_forgotten_and_how_far_the_weights_are(lm, tmp_path):

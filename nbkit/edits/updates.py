@@ -165,6 +165,7 @@ class Dense:
 
 
 Update = LowRank | Dense
+Deltas = dict[str, Update]  # by the name of the weight
 
 
 def total(updates: Sequence[Update], name: str = "one weight") -> Update:

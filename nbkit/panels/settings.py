@@ -24,6 +24,7 @@ from nbkit.methods.table import METHODS
 from nbkit.models.language_model import LanguageModel
 from nbkit.panels import fragments
 from nbkit.records import embedded
+from nbkit.records.bounds import check_choice
 from nbkit.records.requests import read_texts
 
 IN_WORDS = {
@@ -220,7 +221,7 @@ class SettingsForm(VBox):
         self.arguments = {}
         if self.regulariser.value != NO_REGULARISER:
             for name, one in inspect.signature(REGULARISERS[self.regulariser.value]).parameters.items():
-                if one.kind is one.KEYWORD_ONLY and name != "like":
+                if one.kind is one.KEYWORD_ONLY and name not in ("like", "second_moments"):
                     default = _STARTS.get(name) if one.default is one.empty else one.default
                     text = Text(value=_text(default), description=name, style=WIDE, layout=Layout(width="13em"))
                     self.arguments[name] = (default, text)
@@ -231,7 +232,8 @@ class SettingsForm(VBox):
             watcher()
 
 
-_STARTS = {"keep": 0.4, "seed": 0, "n_components": 1}  # where a regulariser has no default; RECT's 40 %
+# where a regulariser has no default; RECT's 40 %
+_STARTS = {"keep": 0.4, "seed": 0, "n_components": 1, "kind": "gaussian"}
 
 
 def _field(each: dataclasses.Field, value: Any) -> Widget:
@@ -253,6 +255,9 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     """A field's text as its type; MethodError where it is none."""
     if not isinstance(value, str) or kind is str:
         return value
+    if kind is bool:
+        check_choice(name, value, ("True", "False"))
+        return value == "True"
     try:
         if get_origin(kind) is tuple:
             return tuple(int(part) for part in value.split(","))

@@ -28,11 +28,13 @@ from nbkit.plots.one_edit import (
     template_similarity,
     top_tokens,
 )
+from nbkit.plots.pareto import pareto_front
 from nbkit.plots.risk import risk_distribution
 from nbkit.plots.screening import screened_risk
 from nbkit.plots.sequence_grids import perplexity_grid, share_grid, size_grid, survival_grid
 from nbkit.plots.sequential_edits import sequence_step, sequential_curves, survival_curves
 from nbkit.plots.single_edits import (
+    ZSRE_SCORES,
     collapse_by_templates,
     collapse_share,
     denominators,
@@ -52,6 +54,7 @@ from nbkit.plots.style import (
     shared_legend,
 )
 from nbkit.plots.surrogate import ability_vs_perplexity, perplexity_vs_task, perplexity_vs_tasks, rho_by_text
+from nbkit.plots.task_curves import batch_grid, task_curve, task_curves
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 from nbkit.plots.training import collapse_over, median_over, training_panels, value_over
-from nbkit.plots.weights import weight_map, weights_above
+from nbkit.plots.weights import weight_map, weight_maps, weights_above

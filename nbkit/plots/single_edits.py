@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from scipy import stats
 
 from nbkit.plots.points import CEILING, MEDIAN, Edge, strips, unedited_line, unedited_of
 from nbkit.plots.style import (
@@ -24,9 +23,11 @@ from nbkit.plots.style import (
     percent_axis,
 )
 from nbkit.records.collapse import Detection, shares
+from nbkit.records.intervals import student
 
 PARTS = {"numerator": "numerator\n$\\|v^* - W k\\|$", "signed_denominator": "denominator\n$|k_u \\cdot u|$"}
 SCORES = {"efficacy": (BLACK, "o"), "paraphrase": (PURPLE, "^"), "neighborhood": (ORANGE, "v")}  # of no group
+ZSRE_SCORES = dict(zip(("reliability", "generalization", "locality"), SCORES.values(), strict=True))
 
 
 def perplexity_per_edit(
@@ -190,28 +191,30 @@ def risk_roc(detections: Mapping[str, Detection], ax: Axes) -> Axes:
     return legend_above(ax, ncols=1)
 
 
-def method_scores(frame: pd.DataFrame, ax: Axes, by: str = "variant") -> Axes:
-    """Efficacy, paraphrase and neighborhood of each method, means with their 95 % intervals (Student's t), in rows.
+def method_scores(
+    frame: pd.DataFrame, ax: Axes, by: str = "variant", scores: Mapping[str, tuple[str, str]] = SCORES
+) -> Axes:
+    """Scores of each method, means with their 95 % intervals (Student's t), in rows.
 
     Args:
-        frame: rows of `studies.single_edits` with a column `by`; a score that a request has not is left out.
+        frame: rows with a column `by` (of `studies.single_edits`, say), each of one request; a score that a request has
+            not is left out.
+        scores: {column: (colour, marker)}, three: efficacy, paraphrase, neighborhood (`SCORES`), or reliability,
+            generalization, locality (`ZSRE_SCORES`).
     """
-    columns(frame, by, *SCORES)
+    columns(frame, by, *scores)
     of_methods = {name: rows for name, rows in frame.groupby(by, sort=False)}
-    for i, (score, (colour, marker)) in enumerate(SCORES.items()):
+    for i, (score, (colour, marker)) in enumerate(scores.items()):
         for at, rows in enumerate(of_methods.values()):
-            values = rows[score].dropna()
-            if values.empty:
-                continue
-            y, mean = at + (i - 1) * 0.22, values.mean()
-            if len(values) > 1 and values.std() > 0:
-                low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
-                ax.plot([max(low, 0), min(high, 1)], [y, y], color=colour, lw=0.9)
-            ax.plot(mean, y, ls="none", marker=marker, color=colour, mew=0, ms=4)
+            found, y = student(rows[score]), at + (i - 1) * 0.22
+            if found.low < found.high:
+                ax.plot([max(found.low, 0), min(found.high, 1)], [y, y], color=colour, lw=0.9)
+            if found.n:
+                ax.plot(found.mean, y, ls="none", marker=marker, color=colour, mew=0, ms=4)
     _rows(ax, of_methods)
     percent_axis(ax.xaxis)
     ax.set(xlim=(-0.03, 1.03), xlabel="Mean score")
-    return legend_above(ax, group_handles(SCORES), ncols=3)
+    return legend_above(ax, group_handles(scores), ncols=3)
 
 
 def _rows(ax: Axes, names: Collection) -> None:

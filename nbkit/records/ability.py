@@ -2,11 +2,14 @@
 
     scores = retained(treated_scores(...))       # columns floor, usable and retained beside every score
     models = abilities(scores)                   # one row a model: the mean over tasks, and its worst task
+    rows = with_ability(rows, chance)            # the same of rows that have a column task_<name> for each task
 
 The floor of a task is what a model scores that has lost it: guessing, where an answer is chosen among some, and 0,
 where it has to be written. A task counts only where the unedited model is above guessing by more than two standard
 errors. Needs no torch.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -58,6 +61,35 @@ def abilities(scores: pd.DataFrame) -> pd.DataFrame:
             "n_tasks": by_model.size(),
         })
     ).reset_index()  # fmt: skip
+
+
+def scored_tasks(frame: pd.DataFrame) -> list[str]:
+    """The names of the tasks whose scores are columns task_<name>; those with a colon hold something else of a task."""
+    return [str(name).removeprefix("task_") for name in frame if str(name).startswith("task_") and ":" not in str(name)]
+
+
+def with_ability(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFrame:
+    """The rows of one model with ability and worst: the mean and the least over tasks of the share of the unedited
+    score above chance that is kept, as in `retained`, which has standard errors to leave tasks out by.
+
+    rows: n_edits and a column task_<name> for each task; those of n_edits 0 are of the unedited model, whatever else
+    they are of. chance: {task: what guessing scores}, 0 where the answer is written. A task that the unedited model
+    does not better than chance is left out. ResultsError without a chance for each task or without one unedited score.
+    """
+    names = [f"task_{task}" for task in scored_tasks(rows)]
+    missing = [name.removeprefix("task_") for name in names if name.removeprefix("task_") not in chance]
+    if missing or not names:
+        raise ResultsError(f"chance is not given for {', '.join(missing)}" if names else "no column is a task_<name>")
+    unedited = rows.loc[rows["n_edits"] == 0, names].drop_duplicates()
+    if len(unedited) != 1:
+        raise ResultsError(f"ability is relative to the unedited model, of which there are {len(unedited)} sets of "
+                           "scores: give rows of one model, with n_edits 0 for it")  # fmt: skip
+    floor = pd.Series({name: float(chance[name.removeprefix("task_")]) for name in names})
+    above = unedited.iloc[0] - floor
+    if not (above > 0).any():
+        raise ResultsError("there is no task that the unedited model does better than by guessing")
+    kept = ((rows[names] - floor) / above)[above.index[above > 0]]
+    return rows.assign(ability=kept.mean(axis=1, skipna=False), worst=kept.min(axis=1, skipna=False))
 
 
 def misjudged(models: pd.DataFrame, n: int = 5) -> pd.DataFrame:

@@ -62,6 +62,19 @@ def mean(values: Sequence[float], seed: int = 0, n_resamples: int = 2000) -> Mea
     return Mean(middle, *map(float, np.quantile(drawn, [0.025, 0.975])), n)
 
 
+def student(values: Sequence[float], level: float = 0.95) -> Mean:
+    """The mean of the values that are not NaN with Student's t interval: for a few means, such as one an order.
+
+    The interval is NaN for fewer than two, and the mean itself where all are alike.
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    n, middle = len(values), float(values.mean()) if len(values) else np.nan
+    if n < 2 or np.ptp(values) == 0:
+        return Mean(middle, *([middle if n > 1 else np.nan] * 2), n)
+    return Mean(middle, *map(float, stats.t.interval(level, n - 1, middle, stats.sem(values))), n)
+
+
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """The median, and the exact interval of the population's median from the order of the values: no assumption.
 

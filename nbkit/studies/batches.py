@@ -57,7 +57,7 @@ def batch_edits(
 
     Columns: seed, n_edits (the size of the batch; 0 is the unedited model, measured once and listed for every seed),
     perplexity, each metric of `metrics.edit_metrics` (mean over the batch), what the method reports, drift, drift_felt
-    and drift_felt_relative as in `sequential_edits`, task_<name> and task_<name>_stderr, and the provenance.
+    and drift_felt_relative as in `sequential_edits`, task_<name> and task_<name>:stderr, and the provenance.
 
     MethodError for a method that makes one edit of one request; RequestError for a batch larger than there are
     requests.

@@ -74,7 +74,7 @@ def protocol_edits(
     (how many requests are in the model: 1 in each row of instance-single, 0 the unedited model), checkpoint (True),
     case_id (of instance-single, else missing), perplexity; reliability, generalization and locality, teacher-forced as
     EasyEdit's (`metrics.edit_metrics`), as means over all requests that are in the model, and with _after as they were
-    right after each edit, which is the same but in a sequence; task_<name> and task_<name>_stderr of each task. The
+    right after each edit, which is the same but in a sequence; task_<name> and task_<name>:stderr of each task. The
     unedited model is the first row of each seed and size; batch-single has it once a seed, with batch_size 0.
 
     Rows are stored edit by edit with all else that was measured, as those of the studies named above, which give it

@@ -80,7 +80,7 @@ def sequential_edits(
     (forgotten_generated likewise), below 0 where later edits help; drift (‖ΔW‖_F of all changed weights against the
     unedited model), drift_felt (√E‖ΔW k‖²) and drift_felt_relative (that over √E‖W k‖² of the unedited weights), see
     keys/drift.py: NaN without second moments, and where no MLP projection is changed; task_<name> and
-    task_<name>_stderr of each of the tasks.
+    task_<name>:stderr of each of the tasks.
 
     A sequence that breaks the model goes on to its end. One that is interrupted or killed goes on from its last state
     (studies/orders.py), to the same rows. ResultsError for a damaged state or one of another study, naming the file.

@@ -69,7 +69,7 @@ def single_edits(
     reports (numerator, denominator, signed_denominator, update_norm, key_mode, layer, stop_reason, final_loss, n_steps,
     optimised_probability ...), the edit metrics, those of the prompt and its paraphrases behind prefixes the edit was
     not computed with (means over three) as efficacy_prefixed, paraphrase_prefixed and so on, what is generated,
-    task_<name> and task_<name>_stderr of each of the tasks, with _before those of the unedited model, and the
+    task_<name> and task_<name>:stderr of each of the tasks, with _before those of the unedited model, and the
     provenance.
     """
     requests, texts = as_requests(requests), as_texts(texts)

@@ -1,10 +1,10 @@
 """Task scores beside what else a study measures of a model: as columns of its rows, and in the key of its rows.
 
     tasks = Tasks(["nli", "sentiment"], limit=100)
-    tasks.columns(lm)                                 # {"task_nli": ..., "task_nli_stderr": ..., "task_sentiment" ...}
+    tasks.columns(lm)                                 # {"task_nli": ..., "task_nli:stderr": ..., "task_sentiment" ...}
 
 Of data/tasks/generated, which have two metrics, task_nli_generated is the corrected score and
-task_nli_generated_as_released the other.
+task_nli_generated:as_released the other. What has no colon is the score of a task (`records.ability.scored_tasks`).
 """
 
 from collections.abc import Sequence
@@ -38,15 +38,15 @@ class Tasks:
         return tasks_data(self.names, self.include_path)
 
     def columns(self, lm: LanguageModel, ending: str = "") -> dict[str, float]:
-        """Of the model as it is, with an ending behind each: task_<name> and task_<name>_stderr, by the task's first
-        metric, and task_<name>_<metric> by each other that it has."""
+        """Of the model as it is, with an ending behind each: task_<name> and task_<name>:stderr, by the task's first
+        metric, and task_<name>:<metric> by each other that it has."""
         columns: dict[str, float] = {}
         for row in task_scores(lm, self.names, self.limit, self.include_path, all_metrics=True).itertuples():
             name = f"task_{row.task}"
             if f"{name}{ending}" in columns:
-                columns[f"{name}_{row.metric}{ending}"] = row.score
+                columns[f"{name}:{row.metric}{ending}"] = row.score
             else:
-                columns |= {f"{name}{ending}": row.score, f"{name}_stderr{ending}": row.stderr}
+                columns |= {f"{name}{ending}": row.score, f"{name}:stderr{ending}": row.stderr}
         return columns
 
 

@@ -19,6 +19,7 @@ import torch
 
 from nbkit.edits.door import verb
 from nbkit.edits.edit import Edit
+from nbkit.edits.imitations import gaussian
 from nbkit.edits.regularisers import accumulated, regularise
 from nbkit.edits.updates import Dense
 from nbkit.errors import MethodError, NbkitError
@@ -187,8 +188,7 @@ def noise(lm: LanguageModel, relative_norm: float, seed: int = 0) -> Edit:
     generator, deltas = torch.Generator().manual_seed(int(seed)), {}
     for layer in range(lm.n_layers):
         weight = lm.oriented(lm.weight_name(layer)).detach()
-        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        drawn *= relative_norm * float(weight.double().norm()) / float(drawn.norm())
+        drawn = gaussian(weight.shape, relative_norm * float(weight.double().norm()), generator)
         deltas[lm.weight_name(layer)] = Dense(drawn.to(weight))
     made = Edit(deltas, (), "noise", {"relative_norm": relative_norm, "seed": seed})
     return dataclasses.replace(made, info={"update_norm": made.norm()})
