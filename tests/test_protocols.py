@@ -11,6 +11,7 @@ from nbkit.edits.regularisers import regularise
 from nbkit.errors import MethodError, PromptError, RequestError
 from nbkit.methods import verbs
 from nbkit.methods.verbs import edit, edit_batch, edit_sequence
+from nbkit.records import ability
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.records.survival import lifetimes
@@ -211,3 +212,14 @@ def test_what_cannot_be_is_refused_before_anything_is_stored(lm, tmp_path, proto
     with pytest.raises(error, match=said):
         protocol_edits(lm, REQUESTS, protocol=protocol, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_each_metric_of_a_task_has_a_column_beside_its_score(lm, tmp_path):
+    name = "nli_generated"
+    arguments = {"tasks": [name], "task_limit": 2, "n_edits": 1, "seeds": [0], "store": Store(tmp_path), **ROME}
+    frame = protocol_edits(lm, REQUESTS, TEXTS, "instance-single", **arguments)
+    scores = task_scores(lm, [name], 2, all_metrics=True).set_index("metric")["score"]
+    assert frame.loc[0, [f"task_{name}", f"task_{name}:as_released"]].tolist() == pytest.approx(
+        scores[["corrected", "as_released"]].tolist(), nan_ok=True
+    )
+    assert ability.scored_tasks(frame) == [name]

@@ -18,6 +18,7 @@ from nbkit.errors import MethodError, ModelError, RequestError, ResultsError
 from nbkit.keys.drift import Drift, drift
 from nbkit.methods import verbs
 from nbkit.methods.guard import Guard
+from nbkit.methods.regularising import regulariser_words
 from nbkit.methods.sequence_state import SequenceState, load_state, save_state
 from nbkit.methods.verbs import edit, edit_sequence
 from nbkit.models.generation import generated
@@ -383,6 +384,20 @@ def test_a_guard_judges_what_is_regularised_and_so_is_what_it_makes_instead(lm):
     assert damage(lm, [made[place]], C)["felt_relative"][0] == pytest.approx(prefixed["felt_relative"][place] / 2)
     (step,) = edit_sequence(lm, REQUESTS[place], regularise=half, guard=guard, **setup)
     assert step.edit.info["guard"] == "fell back" and step.edit.norm() == pytest.approx(made[place].norm())
+
+
+def test_sequences_go_by_what_is_felt_and_are_stored_by_the_digest_of_what_that_is_taken_from(lm, tmp_path):
+    name, found = lm.weight_name(SETUPS["rome"]["layer"]), []
+    for number, moment in enumerate([torch.eye(lm.d_mlp), moments(lm)]):
+        asked = {"name": "scale", "like": {"name": "rect", "keep": 0.2}, "measure": "felt"}
+        frame = sequence(lm, tmp_path, n_edits=2, regularise=asked | {"second_moments": {name: moment}})
+        found.append(frame["update_norm"].dropna())
+        plain = sequence(lm, tmp_path, n_edits=2, regularise=asked["like"])["update_norm"].dropna()
+        if number == 0:  # of which the norm is Frobenius's
+            assert found[0].iloc[0] == pytest.approx(plain.iloc[0])
+    assert (found[0] != found[1]).all()
+    assert regulariser_words(asked | {"second_moments": {}}) == "scale like=(rect keep=0.2) measure=felt"
+    assert regulariser_words(None) == "none"
 
 
 def test_what_is_not_asked_for_does_not_name_stored_rows(lm, tmp_path):

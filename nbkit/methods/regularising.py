@@ -4,7 +4,7 @@
         step.edit.info["regulariser_norm_ratio"]
 
 What is asked for is a mapping of texts and numbers, so that a parameter of a notebook or a file can be it: the name of
-one of `edits.regularisers.REGULARISERS`, and its arguments.
+one of `edits.regularisers.REGULARISERS`, and its arguments, among them second_moments where it goes by what is felt.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,6 +47,15 @@ def regularising(lm: EditableModel, asked: Mapping[str, Any] | None) -> Callable
     except TypeError as error:
         raise MethodError(f"regularise cannot be {shown(dict(asked))}: {error}") from error
     return partial(_regularised, lm, dict(asked))
+
+
+def regulariser_words(asked: Mapping[str, Any] | None) -> str:
+    """What is asked for in words: "rect keep=0.4", "scale like=(rect keep=0.4)", "none"; without second moments."""
+    if asked is None:
+        return "none"
+    words = [f"{name}=({regulariser_words(value)})" if isinstance(value, Mapping) else f"{name}={value}"
+             for name, value in asked.items() if name not in ("name", "second_moments")]  # fmt: skip
+    return " ".join([str(asked["name"]), *words])
 
 
 def _regularised(lm: EditableModel, asked: Mapping[str, Any], edit: Edit, step: int | None = None) -> Edit:

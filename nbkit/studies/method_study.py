@@ -79,7 +79,9 @@ class MethodStudy:
             self.parameters["guard"] = about | {"second_moment": _digest_of(guard.second_moment)}
         self.regularise = regularise
         if regularise is not None:
-            self.parameters["regularise"] = dict(regularise)
+            self.parameters["regularise"] = {
+                name: digest(value) if name == "second_moments" else value for name, value in regularise.items()
+            }
         read = [path for path in METHODS[method].files(lm, parameters) if path.is_file()]
         if read:
             self.parameters["files"] = [sha256(path.read_bytes()).hexdigest() for path in read]

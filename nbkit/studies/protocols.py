@@ -24,6 +24,7 @@ from nbkit.edits.door import verb
 from nbkit.errors import MethodError, RequestError
 from nbkit.keys.solving import SecondMomentLike
 from nbkit.methods.guard import Guard
+from nbkit.methods.regularising import regulariser_words
 from nbkit.models.language_model import LanguageModel
 from nbkit.records.bounds import check_choice, check_number
 from nbkit.records.lists import as_requests, check_seeds
@@ -115,8 +116,7 @@ def protocol_edits(
         sequences = [sequential_edits(lm, requests, texts, per_step=n, **setting).assign(batch_size=n) for n in sizes]
         frame = pd.concat(sequences, ignore_index=True).assign(case_id=None)
         frame = frame[frame["checkpoint"]]
-    words = "none" if regularise is None else " ".join([regularise["name"], *_arguments(regularise)])
-    frame = frame.assign(protocol=protocol, method=method, regulariser=words)
+    frame = frame.assign(protocol=protocol, method=method, regulariser=regulariser_words(regularise))
     scored = [name for name in frame if name.startswith("task_") and not name.endswith("_before")]
     return frame.reindex(columns=[*COLUMNS, *scored]).reset_index(drop=True)
 
@@ -134,7 +134,3 @@ def _with_unedited(singles: pd.DataFrame) -> pd.DataFrame:
 
 def _right_after(frame: pd.DataFrame) -> dict[str, pd.Series]:
     return {f"{name}_after": frame[name] for name in SCORES}
-
-
-def _arguments(regularise: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value}" for name, value in regularise.items() if name != "name"]
