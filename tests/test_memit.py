@@ -71,6 +71,19 @@ def test_a_batch_equals_the_plain_formula(lm, requests, contexts, moments, toler
         assert error < max(1000 * tolerance, 1e-8), layer
 
 
+def test_the_search_of_encore_stops_in_a_batch_as_in_the_plain_formula(lm, contexts, moments, tolerance):
+    """With subjects at the prompts' ends, where a random model comes to say the target."""
+    requests = [EditRequest("Therefore {}", "Ann", "drum"), EditRequest("The river runs through {}", "Vouda", "harp")]
+    search = {"v_lr": 0.5, "v_num_grad_steps": 12, "v_weight_decay": 0.0, "clamp_norm_factor": 100.0, "kl_factor": 0.0}
+    found = edit_batch(lm, requests, "encore", contexts[:2], moments, layers=LAYERS, **search, **OPTIONS["encore"])
+    plain = {"lr": 0.5, "steps": 12, "weight_decay": 0.0, "clamp": 100.0, "kl_factor": 0.0, "first_choices": 2}
+    expected = plain_memit.memit(lm, requests, LAYERS, contexts[:2], reference_update("encore", moments), **plain)
+    assert "first choice" in found.info["stop_reason"]
+    for layer in LAYERS:
+        error = relative_error(found.deltas[lm.weight_name(layer)].dense(), expected[layer])
+        assert error < max(1000 * tolerance, 1e-8), layer
+
+
 @pytest.mark.parametrize("method", RELATIVES)
 def test_an_edit_is_a_batch_of_one_and_changes_what_the_model_says(lm, requests, contexts, moments, method):
     before = {name: weight.clone() for name, weight in lm.model.named_parameters()}

@@ -57,7 +57,7 @@ def mean_value_norm(
         batches = values_in_batches(lm, jobs, settings, layer, parameters.site, f"{lm.title}: {method}, values")
         found = in_order((places, optimised) for places, _, optimised in batches)
         values = values_to_anchor(lm, requests, found, parameters)
+    if lost := sum(one.stop_reason == "nan" for one in found):
+        raise MethodError(f"the search for a value ends in no number for {lost} of {len(found)} requests")
     norms = torch.stack([(value + one.delta).norm().double() for value, one in zip(values, found, strict=True)])
-    if not norms.isfinite().all():
-        raise MethodError("the search for a value ends in no number for some of the requests; leave those out")
     return norms.sort().values[: len(norms) - int(DROPPED * len(norms))].mean().item()
