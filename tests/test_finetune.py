@@ -20,7 +20,7 @@ from nbkit.records.requests import EditRequest
 
 FEW = FinetuneParameters(
     layers=(0, 2), objective="target", n_steps=4, lr=5e-3, weight_decay=0.01, norm_constraint=0.012,
-    early_stop_loss=0.0, bias=True,
+    early_stop_loss=0.0, bias=True, minibatch_size=0, end_of_text=False, seed=0,
 )  # fmt: skip
 OBJECTIVES = pytest.mark.parametrize("objective", ["prompt_last", "target"])
 
@@ -30,10 +30,11 @@ def settings(lm, parameters=FEW, batch_size=None, **changes) -> MethodSettings:
     return MethodSettings("ft", parameters, ["{}"], SecondMoments(None, lm), batch_size=batch_size)
 
 
-def nll(lm, model, request, objective) -> torch.Tensor:
+def nll(lm, model, request, objective, end_of_text=False) -> torch.Tensor:
     """The loss of one request, from a plain pass over one text."""
     prompt = lm.tokenizer(request.text).input_ids
     target = lm.tokenizer(" " + request.target_new, add_special_tokens=False).input_ids
+    target += [lm.tokenizer.eos_token_id] * end_of_text
     if objective == "prompt_last":
         log_p = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
         return -sum(log_p[token] for token in target) / len(target)
@@ -63,6 +64,32 @@ def reference(lm, requests, parameters: FinetuneParameters) -> tuple[dict[str, t
                 for name, weight in weights.items():
                     low, high = before[name] - parameters.norm_constraint, before[name] + parameters.norm_constraint
                     weight.copy_(weight.clamp(low, high))
+    deltas = {name: (weight - before[name]).detach() for name, weight in weights.items()}
+    return {name: oriented(lm, delta) for name, delta in deltas.items()}, losses
+
+
+def breadth_first(lm, requests, parameters: FinetuneParameters) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Adam on the weights themselves, of a copy of the model, by passes over minibatches: {weight name: ΔW}, losses."""
+    model, random = copy.deepcopy(lm.model), torch.Generator().manual_seed(parameters.seed)
+    weights = {name: model.get_parameter(name) for name in trained(lm, parameters)}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    adam = torch.optim.Adam([weight.requires_grad_() for weight in weights.values()], lr=parameters.lr)
+    requests = sorted(requests, key=lambda one: len(lm.tokenizer(f"{one.text} {one.target_new}").input_ids))
+    losses = []
+    for _ in range(parameters.n_steps):
+        order, of_pass = torch.randperm(len(requests), generator=random).tolist(), []
+        for start in range(0, len(order), parameters.minibatch_size):
+            some = [requests[place] for place in order[start : start + parameters.minibatch_size]]
+            of_some = [nll(lm, model, one, parameters.objective, parameters.end_of_text) for one in some]
+            of_pass += [one.item() for one in of_some]
+            loss = sum(of_some) / len(some)
+            if loss >= parameters.early_stop_loss:
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+        losses.append(sum(of_pass) / len(of_pass))
+        if losses[-1] < parameters.early_stop_loss:
+            break
     deltas = {name: (weight - before[name]).detach() for name, weight in weights.items()}
     return {name: oriented(lm, delta) for name, delta in deltas.items()}, losses
 
@@ -123,6 +150,50 @@ def test_the_bias_is_trained_where_there_is_one_unless_it_shall_not_be(lm, reque
         (found,) = finetune_each(lm, requests[2:], settings(lm, bias=bias))
         assert_same(found, *reference(lm, requests[2:], dataclasses.replace(FEW, bias=bias)), tolerance)
         assert len(found.deltas) == n
+
+
+def test_minibatches_equal_adam_on_the_weights(lm, requests, tolerance, bits):
+    """LocFT-BF's passes, drawn anew each time; two of the three requests make a step, then the third."""
+    options = {"minibatch_size": 2, "end_of_text": True, "weight_decay": 0.0, "norm_constraint": 0.0, "bias": False}
+    found = finetune_together(lm, requests, settings(lm, n_steps=3, seed=1, **options))
+    parameters = dataclasses.replace(FEW, n_steps=3, seed=1, **options)
+    assert_same(found, *breadth_first(lm, requests, parameters), tolerance)
+    assert len(found.info["losses"]) == 3 and found.info["stop_reason"] == "steps"
+
+
+def test_a_minibatch_below_the_loss_makes_no_step_and_a_pass_below_it_ends_training(tiny, requests):
+    free = {"minibatch_size": 1, "weight_decay": 0.0, "norm_constraint": 0.0, "bias": False, "n_steps": 30, "lr": 0.02}
+    whole = [loss for (loss,) in finetune_together(tiny, requests, settings(tiny, **free)).info["losses"]]
+    limit = whole[0] / 4
+    found = finetune_together(tiny, requests, settings(tiny, early_stop_loss=limit, **free))
+    expected, losses = breadth_first(tiny, requests, dataclasses.replace(FEW, early_stop_loss=limit, **free))
+    assert_same(found, expected, losses, 1e-10)
+    assert found.info["stop_reason"] == "loss" and len(losses) < 30 and losses[-1] < limit <= min(losses[:-1])
+    assert losses != whole[: len(losses)], "some steps are left out"
+    together = finetune_together(tiny, requests, settings(tiny, **{**free, "minibatch_size": 3, "n_steps": 2}))
+    at_once = finetune_together(tiny, requests, settings(tiny, **{**free, "minibatch_size": 0, "n_steps": 2}))
+    assert together.info["losses"] == at_once.info["losses"], "of no more requests than a minibatch all make each step"
+
+
+def test_minibatches_that_memory_takes_in_parts_are_the_same(tiny, requests, monkeypatch):
+    options = settings(tiny, minibatch_size=2, end_of_text=True)
+    expected = finetune_together(tiny, requests, options)
+    monkeypatch.setattr(finetune, "budget", lambda _device: 0)
+    found = finetune_together(tiny, requests, options)
+    for name, delta in expected.deltas.items():
+        torch.testing.assert_close(found.deltas[name].matrix, delta.matrix, rtol=1e-7, atol=1e-10)
+    other = finetune_together(tiny, requests, dataclasses.replace(
+        options, parameters=dataclasses.replace(options.parameters, seed=3)
+    ))  # fmt: skip
+    assert any((other.deltas[name].matrix - delta.matrix).norm() > 1e-6 for name, delta in expected.deltas.items())
+
+
+def test_the_end_of_the_text_is_asked_for_behind_the_target(tiny, requests):
+    (found,) = finetune_each(tiny, requests[2:], settings(tiny, n_steps=1, end_of_text=True))
+    assert found.info["losses"][0][0] == pytest.approx(float(nll(tiny, tiny.model, requests[2], "target", True)))
+    tiny.tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has no end-of-text token to ask for; leave end_of_text out"):
+        finetune_each(tiny, requests, settings(tiny, end_of_text=True))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +337,7 @@ def test_a_bfloat16_model_is_edited_with_float32_updates(make_lm, requests):
         ({"layers": ()}, r"layers must be one or more different whole numbers, not \(\)"),
         ({"layers": (1, 1)}, r"layers must be one or more different whole numbers, not \(1, 1\)"),
         ({"objective": "target_new"}, "objective must be one of prompt_last, target, not 'target_new'"),
+        ({"minibatch_size": -1}, "minibatch_size must be a whole number from 0 on"),
         ({"n_steps": 0}, "n_steps must be a whole number from 1 on, not 0"),
         ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
         ({"lr": float("nan")}, "lr must be a number above 0, not nan"),

@@ -1,4 +1,4 @@
-"""MEMIT, EMMET, AlphaEdit: equal to their papers' formulae on every architecture, and to published numbers."""
+"""MEMIT, EMMET, AlphaEdit, ENCORE: equal to their papers' formulae on every architecture, and to published numbers."""
 
 import json
 
@@ -16,7 +16,7 @@ from nbkit.records.requests import EditRequest
 LAYERS = [0, 1]
 SHORT = {"layers": LAYERS, "v_num_grad_steps": 4, "v_lr": 0.1, "clamp_norm_factor": 4.0}
 SEARCH = {"lr": 0.1, "steps": 4, "weight_decay": 0.5, "clamp": 4.0, "kl_factor": 0.0625, "early_stop": 0.05}
-RELATIVES = ["memit", "emmet", "alphaedit"]
+RELATIVES = ["memit", "emmet", "alphaedit", "encore"]
 
 
 def relative_error(found, expected) -> float:
@@ -41,6 +41,7 @@ OPTIONS = {
     "memit": {"second_moment_weight": 3.0},
     "emmet": {"second_moment_weight": 1.0, "ridge": 0.1},
     "alphaedit": {"nullspace_threshold": 0.02, "norm_weight": 0.5},
+    "encore": {"second_moment_weight": 3.0, "norm_weight": 0.5, "stop_after_first_choice": 2},
 }
 
 
@@ -50,6 +51,8 @@ def reference_update(method, moments, earlier=None):
         K_p = None if earlier is None else earlier[layer]
         if method == "memit":
             return plain_memit.memit_update(K, R, C, 3.0, K_p)
+        if method == "encore":
+            return plain_memit.memit_update(K, R, C, 3.0, K_p, norm_weight=0.5)
         if method == "emmet":
             return plain_memit.emmet_update(K, R, C, 0.1)
         return plain_memit.alphaedit_update(K, R, C, 0.02, 0.5, K_p)
@@ -60,8 +63,22 @@ def reference_update(method, moments, earlier=None):
 @pytest.mark.parametrize("method", RELATIVES)
 def test_a_batch_equals_the_plain_formula(lm, requests, contexts, moments, tolerance, method):
     found = edit_batch(lm, requests, method, contexts, moments, **SHORT, **OPTIONS[method])
-    expected = plain_memit.memit(lm, requests, LAYERS, contexts, reference_update(method, moments), **SEARCH)
+    search = SEARCH | ({"first_choices": 2} if method == "encore" else {})
+    expected = plain_memit.memit(lm, requests, LAYERS, contexts, reference_update(method, moments), **search)
     assert found.method == method and found.requests == tuple(requests)
+    for layer in LAYERS:
+        error = relative_error(found.deltas[lm.weight_name(layer)].dense(), expected[layer])
+        assert error < max(1000 * tolerance, 1e-8), layer
+
+
+def test_the_search_of_encore_stops_in_a_batch_as_in_the_plain_formula(lm, contexts, moments, tolerance):
+    """With subjects at the prompts' ends, where a random model comes to say the target."""
+    requests = [EditRequest("Therefore {}", "Ann", "drum"), EditRequest("The river runs through {}", "Vouda", "harp")]
+    search = {"v_lr": 0.5, "v_num_grad_steps": 12, "v_weight_decay": 0.0, "clamp_norm_factor": 100.0, "kl_factor": 0.0}
+    found = edit_batch(lm, requests, "encore", contexts[:2], moments, layers=LAYERS, **search, **OPTIONS["encore"])
+    plain = {"lr": 0.5, "steps": 12, "weight_decay": 0.0, "clamp": 100.0, "kl_factor": 0.0, "first_choices": 2}
+    expected = plain_memit.memit(lm, requests, LAYERS, contexts[:2], reference_update("encore", moments), **plain)
+    assert "first choice" in found.info["stop_reason"]
     for layer in LAYERS:
         error = relative_error(found.deltas[lm.weight_name(layer)].dense(), expected[layer])
         assert error < max(1000 * tolerance, 1e-8), layer
@@ -141,11 +158,11 @@ def test_alphaedit_leaves_the_large_directions_of_the_second_moment_alone(lm, re
         assert (update @ vectors[:, values < 0.02]).norm() > 0.9 * update.norm()
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+@pytest.mark.parametrize("method", ["memit", "alphaedit", "encore"])
 def test_a_sequence_with_a_key_cache_equals_the_plain_formula(tiny, requests, contexts, method):
     moments = {layer: made_up(tiny.d_mlp, layer) for layer in LAYERS}
     options = {**SHORT, **OPTIONS[method], "key_cache": True}
-    steps, earlier = [], None
+    search, steps, earlier = SEARCH | ({"first_choices": 2} if method == "encore" else {}), [], None
     for step in edit_sequence(tiny, requests, method, contexts, moments, per_step=2, **options):
         steps.append(step)
         if step.index == 0:
@@ -153,7 +170,7 @@ def test_a_sequence_with_a_key_cache_equals_the_plain_formula(tiny, requests, co
     assert [len(step.requests) for step in steps] == [2, 1]
     with applied(tiny, steps[0].edit):
         update = reference_update(method, moments, earlier)
-        expected = plain_memit.memit(tiny, requests[2:], LAYERS, contexts, update, **SEARCH)
+        expected = plain_memit.memit(tiny, requests[2:], LAYERS, contexts, update, **search)
     for layer in LAYERS:
         assert relative_error(steps[1].edit.deltas[tiny.weight_name(layer)].dense(), expected[layer]) < 1e-8
     options["key_cache"] = False

@@ -90,6 +90,30 @@ def test_what_v_star_starts_from_and_templates_without_the_plain_prompt(
         assert starts_where_the_key_is == (found.info["numerator"] == pytest.approx(float(delta.norm()), rel=tolerance))
 
 
+def test_the_search_stops_once_the_target_has_been_the_first_choice_so_many_times(lm, contexts, tolerance):
+    """Against the plain formula; side by side, one by one, and by whole passes. The subject ends the prompt, so that a
+    random model comes to say the target; not Gemma 3, whose norms bound what the value can do."""
+    requests = [EditRequest("Therefore {}", "Ann", "drum"), EditRequest("The river runs through {}", "Vouda", "harp")]
+    search = {"v_lr": 0.5, "v_num_grad_steps": 12, "v_weight_decay": 0.0, "clamp_norm_factor": 100.0, "kl_factor": 0.0}
+    chosen = {"layer": LAYER, **search, "early_stop_loss": 0.0, "context_templates": contexts[:2], "progress": False}
+    plain = {"lr": 0.5, "steps": 12, "clamp": 100.0, "weight_decay": 0.0, "kl_factor": 0.0, "early_stop": 0.0}
+    lengths = {}
+    for n in (1, 3):
+        together = edit(lm, requests, stop_after_first_choice=n, **chosen)
+        alone = edit(lm, requests, stop_after_first_choice=n, batch_size=1, **chosen)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lm, "replayable", False)
+            whole = edit(lm, requests, stop_after_first_choice=n, **chosen)
+        for request, *found in zip(requests, together, alone, whole, strict=True):
+            expected = plain_rome.rome(lm, request, LAYER, contexts[:2], first_choices=n, **plain)
+            lengths[request.subject, n] = len(expected["losses"])
+            for one in found:
+                assert len(one.info["losses"]) == len(expected["losses"])
+                assert one.info["stop_reason"] == "first choice" or len(expected["losses"]) == 12
+                assert relative_error(one.info["value_star"], expected["v_star"]) < max(1000 * tolerance, 1e-8)
+    assert lengths["Ann", 1] < lengths["Ann", 3] < 12 or "gemma3" in lm.name
+
+
 def test_variants_share_a_search_and_are_what_each_gives_alone(tiny, requests, contexts):
     C = random_second_moment(tiny.d_mlp)
     several = [

@@ -53,7 +53,10 @@ SETUPS = {
         **SEARCH,
     },
     "alphaedit": {"method": "alphaedit", "layers": [1], "nullspace_threshold": 0.5, "norm_weight": 0.1, **SEARCH},
+    "encore": {"method": "encore", "layers": [0, 1], "second_moment_weight": 3.0, "norm_weight": 0.1, **SEARCH},
     "ft": {"method": "ft", "layers": [0, 2], "n_steps": 3},
+    "ultraedit": {"method": "ultraedit", "layers": [0, 2], "lr": 0.1},
+    "locft-bf": {"method": "locft-bf", "layers": [1], "n_steps": 3},
 }
 
 
@@ -78,7 +81,7 @@ def moments(lm, seed=0):
 
 
 def setup_of(lm, name):
-    needs = SETUPS[name]["method"] in ("memit", "alphaedit")
+    needs = SETUPS[name]["method"] in ("memit", "alphaedit", "encore")
     return {**SETUPS[name], "context_templates": CONTEXTS, **({"second_moment": moments(lm)} if needs else {})}
 
 
@@ -227,9 +230,9 @@ def test_a_state_of_another_model_or_of_a_longer_sequence_is_refused(lm):
     assert lm.n_applied == 0
 
 
-def test_batches_in_sequence_go_on_too(lm):
-    arguments = {"per_step": 2, "second_moment": moments(lm), "context_templates": CONTEXTS}
-    arguments |= SETUPS["memit with key_cache"]
+@pytest.mark.parametrize("name", ["memit with key_cache", "encore", "ultraedit", "locft-bf"])
+def test_batches_in_sequence_go_on_too(lm, name):
+    arguments = {"per_step": 2, "second_moment": moments(lm), "context_templates": CONTEXTS, **SETUPS[name]}
     whole = [(step.edit, step.state()) for step in edit_sequence(lm, REQUESTS, **arguments)]
     (second, third) = list(edit_sequence(lm, REQUESTS, start=whole[0][1], **arguments))
     assert [second.index, third.index] == [1, 2] and third.requests == tuple(REQUESTS[4:])

@@ -15,13 +15,18 @@ The loss of a request is the mean over its target's tokens of -log p(token | wha
 For a target of several tokens the first is no language model's loss: it asks for all of them at the same place.
 
 Unlike the published code, a batch is one step of all its requests, not one for every few of them; an edit of one
-request is the same.
+request is the same. With `minibatch_size` each pass over a batch makes a step for every so many of its requests, drawn
+anew (breadth first), where a sequence of single edits goes on with each until it is said (depth first). Steps whose
+loss is below `early_stop_loss` are left out, and training ends with a pass whose mean is. That, FT-M and `end_of_text`,
+which asks for the end of the text behind the target, are LocFT-BF, one bias-free projection at an early layer or a
+late one; requests are drawn by `seed`.
 
 Zhu et al., Modifying Memories in Transformer Models; as a baseline in Meng et al., Locating and Editing Factual
-Associations in GPT, whose settings these are; the names FT-L and FT-M are EasyEdit's.
+Associations in GPT, whose settings these are; the names FT-L and FT-M are EasyEdit's. Yang et al., Fine-tuning Done
+Right in Model Editing (LocFT-BF).
 
-`Edit.info` holds losses (one [loss] a step), target_probability (geometric mean over the target's tokens, each
-predicted as the objective has it, mean over requests, at the last loss, which comes before the last step),
+`Edit.info` holds losses (one [loss] a pass), target_probability (geometric mean over the target's tokens, each
+predicted as the objective has it, mean over requests, in the last pass, which comes before its step),
 stop_reason ("loss" | "steps" | "nan"), update_norm ‖ΔW‖_F over all layers, biases included, layers, and of an edit of
 one request subject_kind. The updates are on the CPU: a full matrix an edit is soon more than a GPU has.
 """
@@ -57,44 +62,50 @@ class FinetuneParameters(Bounded):
 
     layers: tuple[int, ...] = bounded(about="whose MLP projections are trained")
     objective: str = bounded(choices=OBJECTIVES, about="prompt_last is FT-L, target FT-M")
-    n_steps: int = bounded(least=1, about="steps at most")
+    n_steps: int = bounded(least=1, about="passes over the requests at most, each of one step or one a minibatch")
     lr: float = bounded(above=0, about="learning rate of Adam, on the weights")
     weight_decay: float = bounded(least=0, about="of Adam: so many times the weight is added to its gradient")
     norm_constraint: float = bounded(least=0, about="ε, how far an entry may move; 0: no bound")
     early_stop_loss: float = bounded(least=0, about="stop, without another step, once the loss is below")
     bias: bool = bounded(about="whether the projections' biases are trained too, where there are any")
+    minibatch_size: int = bounded(least=0, about="so many of a batch's requests make a step; 0: all of them")
+    end_of_text: bool = bounded(about="whether the end of the text is asked for too, behind the target")
+    seed: int = bounded(least=0, about="of the order in which requests are drawn for minibatches")
 
 
 def finetune_each(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> list[Edit]:
     """One edit a request. Adam and the clamp work element by element and each loss depends on its own update only, so
     those computed side by side do not see each other."""
     parameters: FinetuneParameters = settings.parameters
-    asked = wished(lm, requests, parameters.objective == "target")
+    asked = wished(lm, requests, parameters.objective == "target", parameters.end_of_text)
     lowest = min(map(lm.check_layer, parameters.layers))
     room = _matrix_bytes(lm, parameters) + row_bytes(lm, asked, lowest)  # of one edit
 
     def edits(places: Sequence[int]) -> list[Edit]:
         rows = RowsOfEdits(lm, [asked[place] for place in places], torch.arange(len(places))[:, None], lowest)
-        tunings = _tune(lm, [rows], len(places), parameters)
+        tunings = _tune(lm, [rows], len(places), parameters, name)
         of_places = zip(places, tunings, strict=True)
         return [_tuned_edit(lm, [requests[place]], tuning, settings) for place, tuning in of_places]
 
     lengths = [len(each.row) for each in asked]
-    return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, f"{lm.title}: ft"))
+    name = f"{lm.title}: {settings.method}"
+    return in_order(batches_by_cost(settings, lengths, budget(lm.device) // room, edits, name))
 
 
 def finetune_together(lm: LanguageModel, requests: Sequence[EditRequest], settings: MethodSettings) -> Edit:
     """One edit for all requests: its loss is the mean of theirs.
 
-    Every step is one of the whole batch, whose gradient is added up over as many requests at once as memory takes.
+    The gradient of a step is added up over as many requests at once as memory takes.
     """
     parameters: FinetuneParameters = settings.parameters
-    asked = sorted(wished(lm, requests, parameters.objective == "target"), key=lambda each: len(each.row))
+    asked = wished(lm, requests, parameters.objective == "target", parameters.end_of_text)
+    asked = sorted(asked, key=lambda each: len(each.row))
     lowest = min(map(lm.check_layer, parameters.layers))
     size = max(1, (budget(lm.device) - _matrix_bytes(lm, parameters)) // row_bytes(lm, asked, lowest))
     chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
     parts = [RowsOfEdits(lm, chunk, torch.arange(len(chunk))[None], lowest) for chunk in chunks]
-    (tuning,) = _tune(lm, parts, 1, parameters, settings.progress)
+    bar = f"{lm.title}: {settings.method}"
+    (tuning,) = _tune(lm, parts, 1, parameters, bar, settings.progress)
     return _tuned_edit(lm, requests, tuning, settings)
 
 
@@ -124,9 +135,14 @@ class RowsOfEdits:
         rows = [each.row for each in asked]
         self.passes = SharedPass(lm, lowest, rows) if can_replay(lm) else WholePass(lm, rows)
 
-    def nlls(self, changes: Changes, edits: Sequence[int]) -> Float[Tensor, "edit row"]:
-        """The target's negative log-likelihood, mean over its tokens, in these edits' rows. Differentiable."""
-        device, grid = self.lm.device, self.grid[list(edits)]
+    @property
+    def n_rows(self) -> int:
+        """Of every edit."""
+        return self.grid.shape[1]
+
+    def nlls(self, changes: Changes, edits: Sequence[int], rows: Int[Tensor, " row"]) -> Float[Tensor, "edit row"]:
+        """The target's negative log-likelihood, mean over its tokens, in these of these edits' rows. Differentiable."""
+        device, grid = self.lm.device, self.grid[list(edits)][:, rows]
         asked = [self.asked[number] for number in grid.flatten().tolist()]
         kept = [range(each.predicting[0], each.predicting[-1] + 1) for each in asked]
         logits = self.passes.logits(changes, grid.to(device), kept)
@@ -163,11 +179,12 @@ def _tune(
     parts: Sequence[RowsOfEdits],
     n_edits: int,
     parameters: FinetuneParameters,
+    name: str,
     progress: bool = False,
 ) -> list[Tuning]:
     """Adam on the updates of all edits, whose rows are in `parts`; one that is done keeps its own, and leaves.
 
-    A loss that is not finite ends an edit, which is then as far as it came, and says so ("nan").
+    A loss that is not finite ends an edit, which is then as far as it came, and says so ("nan"). name: of the bar.
     """
     wide = torch.promote_types(lm.dtype, torch.float32)
     weights = {name: lm.oriented(name) for name in _trained(lm, parameters)}
@@ -176,38 +193,87 @@ def _tune(
     # Those without a gradient are passed over, and so keep what they are.
     matrices = [matrix for tuning in tunings for matrix in tuning.matrices]
     optimiser = torch.optim.Adam(matrices, lr=parameters.lr, fused=True)
-    n_rows = sum(part.grid.shape[1] for part in parts)  # of every edit
+    n_rows = sum(part.n_rows for part in parts)
+    generator = torch.Generator().manual_seed(parameters.seed)
     going = list(range(n_edits))
-    for _ in steps(range(parameters.n_steps), f"{lm.title}: ft", "step", progress):
-        optimiser.zero_grad()
-        seen = torch.zeros(len(going), 2, dtype=wide, device=lm.device)  # (edit, loss and probability)
-        for part in parts:
-            nlls = part.nlls(Changes(lm, [Edit(tunings[edit].deltas) for edit in going]), going)
-            losses = nlls.sum(1) / n_rows
-            losses.sum().backward()
-            seen += torch.stack([losses.detach(), (-nlls.detach()).exp().sum(1) / n_rows], 1)
-        for edit, (loss, probability) in zip(list(going), seen.tolist(), strict=True):
+    for _ in steps(range(parameters.n_steps), name, "step", progress):
+        seen = {edit: [0.0, 0.0] for edit in going}  # loss and probability, means over the pass
+        for rows in _minibatches(n_rows, parameters.minibatch_size, generator):
+            optimiser.zero_grad()
+            of_rows = _backward(lm, parts, tunings, going, rows)
+            moved = []
+            for edit, numbers in zip(list(going), of_rows, strict=True):
+                share, (loss, _) = len(rows) / n_rows, numbers
+                seen[edit] = [mean + share * number for mean, number in zip(seen[edit], numbers, strict=True)]
+                if loss >= parameters.early_stop_loss and isfinite(loss):
+                    moved.append(tunings[edit])
+                else:
+                    for matrix in tunings[edit].matrices:
+                        matrix.grad = None
+                if not isfinite(loss):
+                    going.remove(edit)
+            _step(optimiser, moved, weights, parameters)
+        for edit, (loss, probability) in seen.items():
             tuning = tunings[edit]
             tuning.losses.append([loss])
             tuning.target_probability = probability
             if isfinite(loss) and loss >= parameters.early_stop_loss:
                 continue
             tuning.stop_reason = "loss" if isfinite(loss) else "nan"
-            going.remove(edit)
+            going = [other for other in going if other != edit]
             for matrix in tuning.matrices:
                 matrix.grad = None
                 optimiser.state.pop(matrix, None)
         if not going:
             break
-        with torch.no_grad():
-            if parameters.weight_decay:
-                for name, delta in (named for edit in going for named in tunings[edit].deltas.items()):
-                    delta.matrix.grad.add_(weights[name] + delta.matrix, alpha=parameters.weight_decay)
-            optimiser.step()
-            if parameters.norm_constraint:
-                for matrix in (matrix for edit in going for matrix in tunings[edit].matrices):
-                    matrix.clamp_(-parameters.norm_constraint, parameters.norm_constraint)
     return tunings
+
+
+def _minibatches(n_rows: int, size: int, generator: torch.Generator) -> Sequence[Int[Tensor, " row"]]:
+    """The numbers of all rows, in an order that is drawn, so many at a time; all together where they are no more."""
+    if not 0 < size < n_rows:
+        return [torch.arange(n_rows)]
+    return torch.randperm(n_rows, generator=generator).split(size)
+
+
+def _backward(
+    lm: LanguageModel,
+    parts: Sequence[RowsOfEdits],
+    tunings: Sequence[Tuning],
+    edits: Sequence[int],
+    rows: Int[Tensor, " row"],
+) -> list[list[float]]:
+    """Adds the gradients of each edit's mean loss over these of its rows; returns the loss, and the probability."""
+    seen, first = 0, 0
+    for part in parts:
+        own = rows[(rows >= first) & (rows < first + part.n_rows)] - first
+        first += part.n_rows
+        if not len(own) or not edits:
+            continue
+        nlls = part.nlls(Changes(lm, [Edit(tunings[edit].deltas) for edit in edits]), edits, own)
+        losses = nlls.sum(1) / len(rows)
+        losses.sum().backward()
+        seen = seen + torch.stack([losses.detach(), (-nlls.detach()).exp().sum(1) / len(rows)], 1)
+    return seen.tolist() if edits else []
+
+
+@torch.no_grad()
+def _step(
+    optimiser: torch.optim.Adam,
+    moved: Sequence[Tuning],
+    weights: dict[str, Float[Tensor, "d_out d_in"]],
+    parameters: FinetuneParameters,
+) -> None:
+    """One step of those that have gradients, within the bound."""
+    if not moved:
+        return
+    if parameters.weight_decay:
+        for name, delta in (named for tuning in moved for named in tuning.deltas.items()):
+            delta.matrix.grad.add_(weights[name] + delta.matrix, alpha=parameters.weight_decay)
+    optimiser.step()
+    if parameters.norm_constraint:
+        for matrix in (matrix for tuning in moved for matrix in tuning.matrices):
+            matrix.clamp_(-parameters.norm_constraint, parameters.norm_constraint)
 
 
 def _tuned_edit(lm: LanguageModel, requests: Sequence[EditRequest], tuning: Tuning, settings: MethodSettings) -> Edit:

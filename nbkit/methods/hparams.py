@@ -21,7 +21,7 @@ from nbkit.methods.table import METHODS, method_named
 from nbkit.models.language_model import LanguageModel, check_model
 
 HPARAMS = Path(__file__).with_suffix(".toml")
-DEPTHS = {"gpt-j-6b": 28, "llama-2-7b": 32, "gpt2-xl": 48}  # the layers that published models have
+DEPTHS = {"gpt-j-6b": 28, "llama-2-7b": 32, "llama-3-8b": 32, "gpt2-xl": 48}  # the layers that published models have
 
 
 def hyper_parameters(lm: LanguageModel, method: str, **hparams: Any) -> Any:

@@ -1,4 +1,4 @@
-"""MEMIT and its relatives EMMET and AlphaEdit: many facts become one update of several layers, by one closed form.
+"""MEMIT and its relatives EMMET, AlphaEdit and ENCORE: many facts become one update of several layers, by one form.
 
     z   = z₀ + δ, the residual stream behind the last of `layers`, at the subject's last token, that makes the model say
           the target (the search of values.py), for each request
@@ -8,11 +8,12 @@
 
 What differs is only what the letters stand for, so it is all hyper-parameters:
 
-| method    | K̃ (and K̃_p)                    | B                          | ridge                    |
-|-----------|--------------------------------|----------------------------|--------------------------|
-| memit     | K                              | λ C (+ K_p K_pᵀ)           | 1                        |
-| emmet     | K                              | λ C                        | 0.1, of one request none |
-| alphaedit | P K: C's small eigenvectors' P | norm_weight I + K̃_p K̃_pᵀ   | 1                        |
+| method    | K̃ (and K̃_p)                    | B                              | ridge                    |
+|-----------|--------------------------------|--------------------------------|--------------------------|
+| memit     | K                              | λ C (+ K_p K_pᵀ)               | 1                        |
+| emmet     | K                              | λ C                            | 0.1, of one request none |
+| alphaedit | P K: C's small eigenvectors' P | norm_weight I + K̃_p K̃_pᵀ       | 1                        |
+| encore    | K                              | λ C + norm_weight I + K_p K_pᵀ | 1                        |
 
 With ridge 1 the form is R Kᵀ (B + K Kᵀ)⁻¹, by the push-through identity, which is how MEMIT writes it; with ridge 0 it
 is EMMET's equality constraint W k = v exactly, where λ cancels out. EMMET's released code adds its ridge for several
@@ -25,7 +26,9 @@ taken without a prefix. That mixes keys as ROME does, but B + K Kᵀ cannot vani
 (Gemma's), the stream does not get the residual as it is, and edits are rougher than elsewhere.
 
 Meng et al., Mass-Editing Memory in a Transformer, eq. 14 and algorithm 1; Gupta et al., A Unified Framework for Model
-Editing (EMMET); Fang et al., AlphaEdit. The three differ in nothing else here, in particular not in how z is found.
+Editing (EMMET); Fang et al., AlphaEdit; Gupta et al., Lifelong Knowledge Editing Requires Better Regularization
+(ENCORE). They differ in nothing else here, in particular not in how z is found, but that ENCORE's search stops after
+some losses at which the target is the first choice on all prompts (values.py).
 
 `Edit.info` holds update_norm ‖ΔW‖_F over all layers, residual_norm (mean over requests of ‖z - z₀‖), target_probability
 (mean over requests, at the search's last loss), stop_reason and losses of the search (of an edit of several requests:
@@ -47,6 +50,7 @@ from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import keys, widened
 from nbkit.keys.solving import SecondMoments, factor
+from nbkit.methods.anchoring import anchored
 from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, value_job, values_in_batches
 from nbkit.models.hooks import capture
@@ -72,6 +76,8 @@ class MemitParameters(ValueParameters):
     )
     key_cache: bool = bounded(about="whether the keys of earlier edits of a sequence are spared")
 
+    site = "block"
+
     def __post_init__(self):
         super().__post_init__()
         if not self.second_moment_weight + self.norm_weight > 0:
@@ -94,8 +100,9 @@ def _targets(lm: LanguageModel, requests: Sequence[EditRequest], settings: Metho
     """Where the stream behind the last layer shall be for each request: z is the value_star of each."""
     jobs = [value_job(lm, request, settings.context_templates) for request in requests]
     last, name = max(settings.parameters.layers), f"{lm.title}: {settings.method}, targets"
-    batches = values_in_batches(lm, jobs, settings, last, "block", name)
-    return in_order((places, optimised) for places, _, optimised in batches)
+    batches = values_in_batches(lm, jobs, settings, last, settings.parameters.site, name)
+    found = in_order((places, optimised) for places, _, optimised in batches)
+    return anchored(lm, requests, found, settings.parameters)
 
 
 def _edit_of_layers(

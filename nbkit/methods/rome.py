@@ -27,9 +27,9 @@ and Rebuilding ROME (Gupta et al.).
 `Edit.info` holds, as numbers and words: numerator ‖v* - W k‖, denominator |k·u| (u of unit norm), signed_denominator
 k·u (negative: what brings k to v* moves keys along u away from it), update_norm ‖ΔW‖_F = numerator/denominator, losses
 (one [total, nll, kl, weight decay] a step), target_probability (geometric mean over the target's tokens, mean over
-templates, at the last loss), stop_reason ("loss" | "steps" | "nan"), layer, key_mode, second_moment (whether given),
-target_init, n_templates, subject_kind; and as CPU tensors: key_plain k_u, key_mean k̄, u, value_init (what v* starts
-from), value_star v*, value_now (W k + b).
+templates, at the last loss), stop_reason ("loss" | "steps" | "first choice" | "nan"), layer, key_mode, second_moment
+(whether given), target_init, n_templates, subject_kind; and as CPU tensors: key_plain k_u, key_mean k̄, u, value_init
+(what v* starts from), value_star v*, value_now (W k + b).
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,7 @@ from nbkit.edits.updates import LowRank
 from nbkit.errors import MethodError
 from nbkit.keys.extract import KeyPass
 from nbkit.keys.solving import SecondMoments
+from nbkit.methods.anchoring import anchored
 from nbkit.methods.method import MethodSettings, edit_made
 from nbkit.methods.values import OptimisedValue, ValueParameters, initial_value, value_job, values_in_batches
 from nbkit.models.language_model import LanguageModel
@@ -97,6 +98,7 @@ def rome_variants(
 
     def of_batch(places: Sequence[int], states: KeyPass, optimised: Sequence[OptimisedValue]) -> list[list[Edit]]:
         there = [requests[place] for place in places]
+        optimised = anchored(lm, there, optimised, settings.parameters)
         by_variant = [_rank_one_edits(lm, there, states, optimised, variant) for variant in variants]
         return [list(of_request) for of_request in zip(*by_variant, strict=True)]
 

@@ -7,6 +7,7 @@ from nbkit.methods.memit import MemitParameters, keys_to_spare, memit_each, memi
 from nbkit.methods.mend import MendParameters, mend_each, mend_files, mend_together
 from nbkit.methods.method import Method
 from nbkit.methods.rome import RomeParameters, rome
+from nbkit.methods.ultraedit import UltraEditParameters, pairs_so_far, ultraedit_each, ultraedit_together
 from nbkit.records.bounds import nearest
 
 METHODS: dict[str, Method] = {
@@ -21,8 +22,10 @@ METHODS: dict[str, Method] = {
             MemitParameters, memit_each, memit_together, takes_second_moment=True, needs_second_moment=True,
             template_lengths=((10, 5),), remembers=keys_to_spare,
         )  # fmt: skip
-        for name in ("memit", "emmet", "alphaedit")
+        for name in ("memit", "emmet", "alphaedit", "encore")
     },
+    "ultraedit": Method(UltraEditParameters, ultraedit_each, ultraedit_together, remembers=pairs_so_far),
+    "locft-bf": Method(FinetuneParameters, finetune_each, finetune_together),
 }
 
 

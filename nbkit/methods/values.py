@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nbkit.keys.extract import KeyPass, in_contexts, widened
@@ -37,8 +37,13 @@ class ValueParameters(Bounded):
     clamp_norm_factor: float = bounded(above=0, most=inf, about="‖δ‖ is kept below so many times ‖value_init‖")
     kl_factor: float = bounded(least=0, about="weight of the term that keeps what the subject is")
     early_stop_loss: float = bounded(about="the search stops once the total loss is below")
+    stop_after_first_choice: int = bounded(
+        least=0, about="the search stops at so many losses with the target the first choice on all prompts; 0: not so"
+    )
+    value_norm: float = bounded(least=0, about="what ‖v*‖ is brought to, as mean_value_norm measures; 0: left as it is")
 
     target_init = "unprefixed"  # what v* starts from; a hyper-parameter of ROME's alone
+    site = "projection"  # what δ is added to, see `optimise_values`; MEMIT's is another
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class OptimisedValue:
     delta: Float[Tensor, " d_model"]
     losses: list[list[float]]  # per step [total, nll, kl, weight decay]
     target_probability: float
-    stop_reason: str  # "steps" | "loss" | "nan"
+    stop_reason: str  # "steps" | "loss" | "first choice" | "nan"
 
     @property
     def value_star(self) -> Float[Tensor, " d_model"]:
@@ -148,7 +153,9 @@ def optimise_values(
 
     The KL term is as in the published code, and so in its numbers: at the subject's last token, where δ is added, not
     at the prompt's end, and of p from p₀, not of p₀ from p.
-    A loss that is not finite ends it; the edit is then made with the δ reached, and says so ("nan").
+    A loss that is not finite ends it; the edit is then made with the δ reached, and says so ("nan"). ENCORE's stop
+    counts the losses at which the target is the first choice on all prompts, in a row or not (Gupta et al., Lifelong
+    Knowledge Editing Requires Better Regularization); its code leaves the plain prompt out, which counts here.
 
     prefixes: the context templates', for the short passes of `Replay`; None takes whole ones, which give the same.
     Adam works element by element and each loss depends on its own δ only, so the jobs do not see each other. One that
@@ -199,7 +206,8 @@ class _Search:
         self.delta = torch.zeros_like(value_init, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.delta], lr=parameters.v_lr)
         self.going = torch.ones(len(jobs), dtype=torch.bool, device=value_init.device)
-        self.seen: list[Float[Tensor, "edit part"]] = []  # by step: the losses, and the target's probability
+        # by step: the losses, the target's probability, and at how many losses it has been the first choice
+        self.seen: list[Float[Tensor, "edit part"]] = []
         self.essence_before: Tensor | None = None
         self.done: dict[int, OptimisedValue] = {}
         self._index(dict(enumerate(jobs)))
@@ -224,11 +232,12 @@ class _Search:
 
     def step(self, last: bool) -> None:
         """One loss of every edit, and, except at the last, one step of those that go on."""
-        losses, nlls = self._losses()
+        losses, nlls, first = self._losses()
         total = losses[:, 0]
         with torch.no_grad():
-            self.seen.append(torch.cat([losses, (-nlls).exp().mean(1, keepdim=True)], 1))
-            self.going &= ~self._ends(total)
+            n_first = first + self.seen[-1][:, -1] if self.seen else first
+            self.seen.append(torch.cat([losses, (-nlls).exp().mean(1, keepdim=True), n_first[:, None]], 1))
+            self.going &= ~self._ends(self.seen[-1])
         if last:
             return
         self.optimiser.zero_grad()
@@ -240,14 +249,17 @@ class _Search:
             clamped = torch.where((norm > largest)[:, None], self.delta * (largest / norm)[:, None], self.delta)
             self.delta.copy_(torch.where(self.going[:, None], clamped, before))
 
-    def _ends(self, total: Tensor) -> Tensor:
+    def _ends(self, seen: Float[Tensor, "*step part"]) -> Bool[Tensor, "*step"]:
         """Whether an edit stops at this loss."""
-        return ~total.isfinite() | (total < self.parameters.early_stop_loss)
+        total, n_first, most = seen[..., 0], seen[..., -1], self.parameters.stop_after_first_choice
+        return ~total.isfinite() | (total < self.parameters.early_stop_loss) | (n_first >= (most or inf))
 
-    def _losses(self) -> tuple[Float[Tensor, "edit part"], Float[Tensor, "edit prompt"]]:
-        """[total, nll, kl, weight decay] of each edit, and the target's nll by prompt."""
+    def _losses(self) -> tuple[Float[Tensor, "edit part"], Float[Tensor, "edit prompt"], Float[Tensor, " edit"]]:
+        """[total, nll, kl, weight decay] of each edit, the target's nll by prompt, and 1 if all of its tokens are the
+        first choice behind every prompt, else 0 (0 too where that stops no search)."""
         log_probabilities = widened(self.passes.logits(self.delta)).log_softmax(-1)  # (wanted, vocabulary)
-        of_targets = log_probabilities[self.of_target].gather(-1, self.targets[:, None])[:, 0]
+        at_targets = log_probabilities[self.of_target]
+        of_targets = at_targets.gather(-1, self.targets[:, None])[:, 0]
         sums = of_targets.new_zeros(self.n_nlls).index_add(0, self.prompts, of_targets)
         nlls = -sums.unflatten(0, (len(self.delta), -1)) / self.target_lengths[:, None]
         essence = log_probabilities[self.of_kl]  # (edit, vocabulary)
@@ -256,7 +268,11 @@ class _Search:
         nll = nlls.mean(1)
         kl = self.parameters.kl_factor * (essence.exp() * (essence - self.essence_before)).sum(-1)
         weight_decay = self.parameters.v_weight_decay * self.delta.norm(dim=-1) / self.value_norm**2
-        return torch.stack([nll + kl + weight_decay, nll, kl, weight_decay], 1), nlls
+        first = torch.zeros_like(nll)
+        if self.parameters.stop_after_first_choice:
+            others = (at_targets.argmax(-1) != self.targets).to(first)
+            first = (first.index_add(0, self.prompts // nlls.shape[1], others) == 0).to(first)
+        return torch.stack([nll + kl + weight_decay, nll, kl, weight_decay], 1), nlls, first
 
     def leave_finished(self) -> bool:
         """Take finished edits out of the batch, if that is a good part of it; whether all are finished."""
@@ -281,7 +297,7 @@ class _Search:
     def _note(self, finished: Sequence[bool]) -> None:
         """Keep what came of these edits of the batch, up to the loss at which each of them stopped."""
         seen = torch.stack(self.seen, 1)  # (edit, step, part)
-        ends = self._ends(seen[..., 0]).tolist()
+        ends = self._ends(seen).tolist()
         for number, (place, steps) in enumerate(zip(self.jobs, seen.tolist(), strict=True)):
             if finished[number]:
                 stopped = True in ends[number]
@@ -289,10 +305,15 @@ class _Search:
                 self.done[place] = OptimisedValue(
                     self.value_init[number],
                     self.delta.detach()[number].clone(),
-                    [losses for *losses, _ in steps],
-                    target_probability=steps[-1][-1],
-                    stop_reason="steps" if not stopped else "loss" if isfinite(steps[-1][0]) else "nan",
+                    [losses for *losses, _, _ in steps],
+                    target_probability=steps[-1][-2],
+                    stop_reason=self._reason(steps[-1][0]) if stopped else "steps",
                 )
+
+    def _reason(self, total: float) -> str:
+        """Why a search stopped at this loss."""
+        of_number = "loss" if total < self.parameters.early_stop_loss else "first choice"
+        return of_number if isfinite(total) else "nan"
 
     def results(self) -> list[OptimisedValue]:
         self._note([True] * len(self.jobs))

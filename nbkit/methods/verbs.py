@@ -70,8 +70,9 @@ def edit(
     """Independent edits of the model as it is, one Edit a request; the model is unchanged afterwards.
 
     method: "ft" (fine-tuning), "kn" (knowledge neurons), "mend", "rome" (with key_mode "mixed", "prefixed" for C-ROME,
-    "plain" for p-ROME), "memit", "emmet" or "alphaedit". Their hyper-parameters and defaults by family of models stand
-    in nbkit/methods/hparams.toml; `nbkit.methods.hyper_parameters(lm, method)` shows those of a model.
+    "plain" for p-ROME), "memit", "emmet", "alphaedit", "encore", "ultraedit" or "locft-bf" (fine-tuning breadth first).
+    Their hyper-parameters and defaults by family of models stand in nbkit/methods/hparams.toml;
+    `nbkit.methods.hyper_parameters(lm, method)` shows those of a model.
 
     Many are computed side by side where the method can, and do not see each other: batch_size at once, or as many as
     memory takes.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from nbkit.errors import ModelError
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.memory import Footprint
 from nbkit.models.prompts import check_length, named, target_ids, tokenize
@@ -28,22 +29,36 @@ class Continuation:
 
 
 def continuations(
-    lm: LanguageModel, texts: Sequence[str], targets: Sequence[str], teacher_forced: bool = True
+    lm: LanguageModel,
+    texts: Sequence[str],
+    targets: Sequence[str],
+    teacher_forced: bool = True,
+    end_of_text: bool = False,
 ) -> list[Continuation]:
-    """PromptError for an empty text or target, or one beyond the context."""
-    asked = []
+    """Of each text, and with `end_of_text` of the tokenizer's end of text behind each target.
+
+    PromptError for an empty text or target, or one beyond the context; ModelError for a tokenizer without such an end.
+    """
+    if end_of_text and lm.tokenizer.eos_token_id is None:
+        raise ModelError(f"{lm.title}: its tokenizer has no end-of-text token to ask for; leave end_of_text out")
+    end, asked = [lm.tokenizer.eos_token_id] if end_of_text else [], []
     for text, row, target in zip(texts, tokenize(lm, texts), targets, strict=True):
-        asked.append(Continuation.of(row, target_ids(lm, target), teacher_forced))
+        asked.append(Continuation.of(row, target_ids(lm, target) + end, teacher_forced))
         check_length(lm, asked[-1].row, text)
     return asked
 
 
-def wished(lm: LanguageModel, requests: Sequence[EditRequest], teacher_forced: bool = True) -> list[Continuation]:
-    """The new target of each request behind its prompt; a PromptError names the request."""
+def wished(
+    lm: LanguageModel, requests: Sequence[EditRequest], teacher_forced: bool = True, end_of_text: bool = False
+) -> list[Continuation]:
+    """The new target of each request behind its prompt, with `end_of_text` the tokenizer's end of text behind it too.
+
+    A PromptError names the request.
+    """
     asked = []
     for request in requests:
         with named(request):
-            asked += continuations(lm, [request.text], [request.target_new], teacher_forced)
+            asked += continuations(lm, [request.text], [request.target_new], teacher_forced, end_of_text)
     return asked
 
 

@@ -35,6 +35,9 @@ IN_WORDS = {
     "memit": "MEMIT",
     "emmet": "EMMET",
     "alphaedit": "AlphaEdit",
+    "encore": "ENCORE",
+    "ultraedit": "UltraEdit",
+    "locft-bf": "LocFT-BF: fine-tuning, breadth first",
 }
 KEYS_IN_WORDS = {"mixed": "ROME (mixed)", "prefixed": "C-ROME (prefixed)", "plain": "p-ROME (plain)"}
 WIDE = {"description_width": "7.5em"}

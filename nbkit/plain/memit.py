@@ -1,8 +1,10 @@
-"""MEMIT, EMMET and AlphaEdit by their formulae, each as its paper writes it, one text at a time.
+"""MEMIT, EMMET, AlphaEdit and ENCORE by their formulae, each as its paper writes it, one text at a time.
 
     MEMIT      ΔW = R Kᵀ (λ C + K_p K_pᵀ + K Kᵀ)⁻¹
+    ENCORE     ΔW = R Kᵀ (λ C + norm_weight I + K_p K_pᵀ + K Kᵀ)⁻¹
     EMMET      ΔW = R (Kᵀ C⁻¹ K + ridge I)⁻¹ Kᵀ C⁻¹          no ridge where K is of a single request
     AlphaEdit  ΔWᵀ = [P (K_p K_pᵀ + K Kᵀ) + L₂ I]⁻¹ P K Rᵀ
+    NAS        z = z₀ - v + v*',  v*' = v* m / ‖v*‖ of v* = v + δ, or v where ‖v*‖ > 2 m
 
 Slow and plain on purpose: it is what nbkit.methods.memit is compared to.
 """
@@ -12,15 +14,21 @@ import torch
 from nbkit.plain.rome import SearchOptions, run, search, tokenized
 
 
-def memit(lm, requests, layers, contexts, update, **options) -> dict[int, torch.Tensor]:
-    """{layer: ΔW (d_out, d_in)}. update(K (d_mlp, n), R (d_model, n), layer) -> ΔW; options: of the search."""
+def memit(lm, requests, layers, contexts, update, value_norm=0.0, **options) -> dict[int, torch.Tensor]:
+    """{layer: ΔW (d_out, d_in)}. update(K (d_mlp, n), R (d_model, n), layer) -> ΔW; value_norm: m of NAS, if any;
+    options: of the search."""
     model, tokenizer = lm.model, lm.tokenizer
     told = [tokenized(tokenizer, r.prompt, r.subject, r.target_new, contexts) for r in requests]
     last = lm.block(layers[-1])
     z = []
     for texts, ends, target_ids in told:
         z_init = run(model, last, texts[0])[2][ends[0] - 1]
-        z.append(search(model, last, texts, ends, target_ids, z_init, SearchOptions(**options))[0])
+        found = search(model, last, texts, ends, target_ids, z_init, SearchOptions(**options))[0]
+        if value_norm:
+            v = run(model, lm.projection(layers[-1]), texts[0])[2][ends[0] - 1]
+            star = v + found - z_init
+            found = z_init - v + (v if star.norm() > 2 * value_norm else star * value_norm / star.norm())
+        z.append(found)
     z, updates = torch.stack(z, 1), {}
     before = {layer: lm.weight(layer).clone() for layer in layers}
     for place, layer in enumerate(layers):
@@ -37,8 +45,8 @@ def memit(lm, requests, layers, contexts, update, **options) -> dict[int, torch.
     return updates
 
 
-def memit_update(K, R, C, weight, K_p=None):
-    bound = weight * C + K @ K.T + (0 if K_p is None else K_p @ K_p.T)
+def memit_update(K, R, C, weight, K_p=None, norm_weight=0.0):
+    bound = weight * C + K @ K.T + (0 if K_p is None else K_p @ K_p.T) + norm_weight * torch.eye(len(C), dtype=C.dtype)
     return R @ K.T @ torch.linalg.inv(bound)
 
 

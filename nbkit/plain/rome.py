@@ -22,6 +22,7 @@ class SearchOptions:
     clamp: float = 4.0
     kl_factor: float = 0.0625
     early_stop: float = 0.05
+    first_choices: int = 0  # stop at so many losses with the target the first choice on all texts; 0: not so
 
 
 def rome(
@@ -85,14 +86,15 @@ def search(
     n_contexts = len(texts) - 1
     delta = torch.zeros_like(v_init, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=options.lr)
-    losses, p0 = [], None
+    losses, p0, n_first = [], None, 0
     for step in range(options.steps):
-        nll = 0
+        nll, first = 0, True
         for ids, end in zip(texts[:-1], ends[:-1], strict=True):
             logits, _, _ = run(model, module, ids + target_ids[:-1], delta, end - 1)
             log_p = logits.log_softmax(-1)
             for t, token in enumerate(target_ids):
                 nll = nll - log_p[len(ids) - 1 + t, token] / len(target_ids) / n_contexts
+                first = first and int(log_p[len(ids) - 1 + t].argmax()) == token
         logits, _, _ = run(model, module, texts[-1], delta, ends[-1] - 1)
         p = logits[ends[-1] - 1].log_softmax(-1)
         p0 = p.detach() if p0 is None else p0
@@ -100,7 +102,8 @@ def search(
         decay = options.weight_decay * delta.norm() / v_init.norm() ** 2
         loss = nll + kl + decay
         losses.append([part.item() for part in (loss, nll, kl, decay)])
-        if loss < options.early_stop or step == options.steps - 1:
+        n_first += first
+        if loss < options.early_stop or step == options.steps - 1 or n_first == (options.first_choices or None):
             break
         adam.zero_grad()
         loss.backward()

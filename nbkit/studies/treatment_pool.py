@@ -35,16 +35,18 @@ NOISES = (0.3, 5.0)  # norm of the noise, relative to the weight's
 STOPS = 4  # treatments of each sequence
 STRENGTHS = 3  # factors of each scaled edit; noises for every treatment of another source
 TITLES = {"ft": "FT", "kn": "KN", "mend": "MEND", "rome": "ROME", "memit": "MEMIT", "emmet": "EMMET",
-          "alphaedit": "AlphaEdit"}  # fmt: skip
+          "alphaedit": "AlphaEdit", "encore": "ENCORE", "ultraedit": "UltraEdit", "locft-bf": "LocFT-BF"}  # fmt: skip
+BATCHES = ("ft", "memit", "emmet", "alphaedit", "encore", "ultraedit", "locft-bf")
 ROME_RECT, NOISE = "ROME with RECT", "noise"
 PRUNED = "ROME sequence with PRUNE"
 KINDS = {  # source: what kind of damage it is
-    **dict.fromkeys(TITLES.values(), "single edit"),
+    # One request alone gives UltraEdit next to nothing to normalise by.
+    **{title: "single edit" for method, title in TITLES.items() if method != "ultraedit"},
     **{f"{TITLES[method]} scaled": "scaled edit" for method in ("ft", "rome", "memit")},
     ROME_RECT: "RECT or PRUNE",
     PRUNED: "RECT or PRUNE",
     **{f"{TITLES[method]} sequence": "sequence" for method in ("ft", "kn", "rome", "memit")},
-    **{f"{TITLES[method]} batch": "batch" for method in ("ft", "memit", "emmet", "alphaedit")},
+    **{f"{TITLES[method]} batch": "batch" for method in BATCHES},
     NOISE: "noise",
 }
 SOURCES = tuple(KINDS)
