@@ -7,6 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import nbkit
@@ -36,6 +37,7 @@ from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.mend.recipe import recipe_of
 from nbkit.models.prompts import subject_kind
 from nbkit.records.results import Store
+from nbkit.studies.method_study import MethodStudy
 from nbkit.studies.metrics import edit_metrics, perplexity, score_targets
 
 NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
@@ -236,6 +238,17 @@ def test_what_is_measured_is_what_the_edits_do_and_nothing_is_measured_twice(shi
     more = tune(shipped, ["ft"], budget=4, n=1, store=store)
     assert calls == draws(shipped, "ft", 4)[2:], "the first two were there, the third was when it was interrupted"
     pd.testing.assert_frame_equal(more.iloc[:2][list(SHARES)], table[list(SHARES)])
+
+
+def test_a_method_that_is_itself_only_in_batches_edits_them_in_batches(shipped, requests_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "BATCH", 5)
+    setting = {"layers": [6], "n_steps": 1}
+    study = MethodStudy(shipped, "locft-bf", None, None, Store(tmp_path), setting)
+    made = tuning.edits_for(study, requests_of)
+    assert [len(one.requests) for one in made] == [5] * 5 + [3] * 3 and len(requests_of) == 8
+    (name,) = made[5].deltas
+    whole = nbkit.edit_batch(shipped, requests_of[5:], "locft-bf", progress=False, **setting)
+    torch.testing.assert_close(made[5].deltas[name].dense(), whole.deltas[name].dense())
 
 
 def test_a_setting_that_a_method_refuses_takes_its_place_and_is_never_chosen(shipped, tmp_path, monkeypatch):

@@ -5,9 +5,10 @@
 
 The settings of a method are the default that the model has, and then draws from what search.toml says of the method: a
 scrambled Halton sequence, the same for the same seed, whose first settings are those of a smaller budget. Each setting
-edits the same facts, one by one, and four shares are measured of it, by `SHARES`: of the edits with which the model
-says the new target, of the paraphrases after which it does, of the neighbours' true answers that it still says, and of
-the edits that leave perplexity below `KEPT` times what it was.
+edits the same facts, one by one (`IN_BATCHES`, which are only themselves in batches: `BATCH` at once), and four shares
+are measured of it, by `SHARES`: of the edits with which the model says the new target, of the paraphrases after which
+it does, of the neighbours' true answers that it still says, and of the edits that leave perplexity below `KEPT` times
+what it was.
 
 **The rule**, `choose`: the setting with the largest harmonic mean of the four shares; of equal ones that with the
 smaller median of perplexity, then the earlier. Where no setting has all four shares above 0 the default stays. A
@@ -16,7 +17,7 @@ setting with which the method refuses to edit has no score, is never chosen, and
 The facts are none of the embedded requests, nor about a subject of one, nor those that `efficacy` and `damage` take;
 the model knows them and their neighbours; and **no prompt that is edited or asked opens with a subject of one token**.
 So whether edits of such subjects break the model has no say in it, neither for a setting nor against one; nor have
-sequences and batches. MEND is trained, not tuned: what its training took is `training_of_mend`.
+sequences. MEND is trained, not tuned: what its training took is `training_of_mend`.
 
 Rows are stored as a study's, under `tuning`: what was measured before an interrupt is not measured again.
 """
@@ -37,6 +38,7 @@ from scipy import stats
 
 from miniworld.card import filled, markdown
 from miniworld.efficacy import KINDS, first_of_each, unreported_facts
+from nbkit.edits.edit import Edit
 from nbkit.errors import MethodError, RequestError
 from nbkit.keys.moments import default_second_moments
 from nbkit.keys.solving import SecondMoments
@@ -44,6 +46,7 @@ from nbkit.methods.hparams import hyper_parameters
 from nbkit.methods.mend.weights_file import LOG_BESIDE, weights_path
 from nbkit.methods.table import METHODS, method_named
 from nbkit.methods.values import KL_PROMPT
+from nbkit.methods.verbs import edit_batch
 from nbkit.models.language_model import LanguageModel
 from nbkit.models.prompts import subject_kind
 from nbkit.records.bars import steps
@@ -56,6 +59,8 @@ from nbkit.studies.metrics import edit_metrics, perplexity
 
 SEARCH = Path(__file__).with_name("search.toml")
 TRAINED = ("mend",)
+IN_BATCHES = ("ultraedit", "locft-bf")
+BATCH = 10
 TUNED = tuple(method for method in METHODS if method not in TRAINED)
 SHARES = ["efficacy_argmax", "paraphrase_argmax", "neighborhood_argmax", "perplexity_kept"]
 COLUMNS = ["case_id", *SHARES[:3], "perplexity", "perplexity_before", "seconds", "refused"]  # that scores are made of
@@ -182,7 +187,7 @@ def measured(
     """
     lm, started = study.lm, time.perf_counter()
     try:
-        made = study.edits(requests)
+        made = edits_for(study, requests)
     except MethodError as error:
         rows = [{**dict.fromkeys([*SHARES[:3], "perplexity"], float("nan")), "refused": str(error)}] * len(requests)
     else:
@@ -194,6 +199,17 @@ def measured(
     seconds = time.perf_counter() - started
     for request, row in zip(requests, rows, strict=True):
         yield {**described(lm, request), **row, "perplexity_before": before, "seconds": seconds}
+
+
+def edits_for(study: MethodStudy, requests: Sequence[EditRequest]) -> list[Edit]:
+    """The edit that each request is in: one of its own, or its batch's."""
+    if study.method not in IN_BATCHES:
+        return study.edits(requests)
+    made = []
+    for start in range(0, len(requests), BATCH):
+        batch = requests[start : start + BATCH]
+        made += [edit_batch(study.lm, batch, progress=False, **study.arguments)] * len(batch)
+    return made
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
