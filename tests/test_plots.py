@@ -352,7 +352,7 @@ def control_curves(axes):
 def two_scorers(axes):
     frame = controls_frame().query("batch_size == 1 and regulariser == 'none'")
     for ax, name in zip(axes, ("task_nli:as_released", "task_open_qa:as_released"), strict=True):
-        frame = frame.assign(**{name: frame["task_nli"].where(frame["n_edits"] < 15)})
+        frame = frame.assign(**{name: frame["task_nli"].where((frame["n_edits"] < 15) | (ax is axes[0]))})
         plots.two_scorers(frame, ax, name.removeprefix("task_").split(":")[0])
     plots.shared_legend(axes[0].figure, axes)
 

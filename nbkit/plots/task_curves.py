@@ -144,7 +144,7 @@ def two_scorers(frame: pd.DataFrame, ax: Axes, task: str, by: str = "method", ot
         look = {"color": colour, "ls": "none", "alpha": 0.7, "ms": 3.5}
         ax.plot(rows[first], rows[second], marker=marker, mew=0, label=str(name), **look)
         unscored = rows.loc[rows[second].isna(), first]
-        ax.plot(unscored, np.full(len(unscored), -0.08), marker="x", mew=0.8, clip_on=False, **look)
+        ax.plot(unscored, np.full(len(unscored), -0.08), marker="x", mew=0.8, **look)
     handles = ax.get_legend_handles_labels()[0]
     if len(before):
         star = {"color": BLACK, "marker": "*", "ls": "none", "ms": 8, "mew": 0, "zorder": 3}
