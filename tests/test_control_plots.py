@@ -169,6 +169,22 @@ def test_a_grid_of_batches_has_the_mean_in_each_cell_that_was_measured(ax):
         plots.batch_grid(pd.concat([frame, frame]), ax, "ability")
 
 
+def test_a_point_has_both_scores_of_an_edited_model_and_a_cross_the_models_without_the_other(ax):
+    frame = sequence_frame().query("regulariser == 'none'").reset_index(drop=True)
+    frame["task_nli:as_released"] = np.where(frame["n_edits"] == 20, np.nan, frame["task_nli"] + 0.1)
+    plots.two_scorers(frame, ax, "nli", by="method")
+    for name, rows in frame.query("n_edits > 0").groupby("method"):
+        assert line(ax, name).get_xdata() == pytest.approx(rows["task_nli"])
+        np.testing.assert_allclose(line(ax, name).get_ydata(), rows["task_nli:as_released"])
+    crosses = [one for one in ax.lines if one.get_marker() == "x"]
+    assert [len(one.get_xdata()) for one in crosses] == [3, 3] and (crosses[0].get_ydata() < 0).all()
+    assert line(ax, "unedited").get_data() == ([0.7], [0.8])
+    assert labels_of(ax) == ["rome", "memit", "unedited", "no answer to score"]
+    ax.clear()
+    plots.two_scorers(frame.query("n_edits == 5"), ax, "nli")
+    assert labels_of(ax) == ["rome", "memit"]
+
+
 # edit performance
 
 
@@ -233,6 +249,8 @@ def test_maps_side_by_side_share_a_scale_that_says_what_a_cell_is():
     ("function", "frame"),
     [(lambda frame, ax: plots.task_curve(frame, ax, "nli", by="method", x="batch_size"), batch_frame()),
      (lambda frame, ax: plots.batch_grid(frame, ax, "task_nli"), batch_frame().query("method == 'memit'")),
+     (lambda frame, ax: plots.two_scorers(frame, ax, "nli"),
+      sequence_frame().query("regulariser == 'none'").assign(**{"task_nli:as_released": 0.5})),
      (plots.pareto_front, with_ability(sequence_frame(), CHANCE))],
 )  # fmt: skip
 def test_missing_columns_and_empty_frames_are_named(ax, function, frame):

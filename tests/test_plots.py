@@ -349,6 +349,14 @@ def control_curves(axes):
     plots.shared_legend(axes[0, 0].figure, shown, ncols=6)
 
 
+def two_scorers(axes):
+    frame = controls_frame().query("batch_size == 1 and regulariser == 'none'")
+    for ax, name in zip(axes, ("task_nli:as_released", "task_open_qa:as_released"), strict=True):
+        frame = frame.assign(**{name: frame["task_nli"].where((frame["n_edits"] < 15) | (ax is axes[0]))})
+        plots.two_scorers(frame, ax, name.removeprefix("task_").split(":")[0])
+    plots.shared_legend(axes[0].figure, axes)
+
+
 def pareto_points(ax):
     frame = with_ability(controls_frame().query("batch_size == 1"), {"nli": 0.5, "open_qa": 0})
     return plots.pareto_front(frame.query("n_edits == 20"), ax)
@@ -414,6 +422,7 @@ FIGURES = {
     "weight_maps": (weight_panels, 2.4, {"ncols": 2}),
     "control_curves": (control_curves, 4.4, {"nrows": 2, "ncols": 2}),
     "batch_grid": (lambda ax: plots.batch_grid(controls_frame()[:45], ax, "task_nli"), 1.8, {}),
+    "two_scorers": (two_scorers, 2.4, {"ncols": 2}),
     "pareto_front": (pareto_points, 3.4, {}),
     "scores_by_regulariser": (
         lambda ax: plots.method_scores(controls_frame(), ax, "regulariser", plots.ZSRE_SCORES),

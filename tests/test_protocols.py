@@ -15,7 +15,7 @@ from nbkit.records import ability
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.records.survival import lifetimes
-from nbkit.studies import batches
+from nbkit.studies import batches, in_sequence
 from nbkit.studies.metrics import edit_metrics, neighborhood_tokens, perplexity
 from nbkit.studies.orders import in_order
 from nbkit.studies.protocols import COLUMNS, PROTOCOLS, SCORES, protocol_edits
@@ -183,6 +183,15 @@ def test_the_same_rows_are_given_by_the_studies_themselves(lm, tmp_path, monkeyp
     again = sequential_edits(lm, REQUESTS, TEXTS, [0], n_edits=2, store=Store(tmp_path), **ROME)
     assert "denominator" in again and len(again) == 3
     assert len(single_edits(lm, in_order(REQUESTS, 0)[:2], TEXTS, store=Store(tmp_path), **ROME)) == 2
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_without_drift_rows_are_the_same_and_none_is_measured(lm, tmp_path, memit, monkeypatch, protocol):
+    sizes = [2] if "batch" in protocol else None
+    expected = run(lm, tmp_path, protocol, n_edits=2, batch_sizes=sizes, **memit)
+    monkeypatch.setattr(in_sequence, "drift", None)
+    frame = run(lm, tmp_path, protocol, n_edits=2, batch_sizes=sizes, drift=False, **memit)
+    pd.testing.assert_frame_equal(frame, expected)
 
 
 def test_a_method_that_is_given_no_layers_takes_part(lm, tmp_path):

@@ -54,7 +54,7 @@ from nbkit.plots.style import (
     shared_legend,
 )
 from nbkit.plots.surrogate import ability_vs_perplexity, perplexity_vs_task, perplexity_vs_tasks, rho_by_text
-from nbkit.plots.task_curves import batch_grid, task_curve, task_curves
+from nbkit.plots.task_curves import batch_grid, task_curve, task_curves, two_scorers
 from nbkit.plots.throughput import cost_growth, seconds_per_edit, time_shares
 from nbkit.plots.training import collapse_over, median_over, training_panels, value_over
 from nbkit.plots.weights import weight_map, weight_maps, weights_above

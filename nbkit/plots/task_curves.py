@@ -1,10 +1,12 @@
-"""Task scores of models that were edited with one setting after another: curves by task, and a grid of two sizes.
+"""Task scores of models that were edited with one setting after another: curves by task, a grid of two sizes, and one
+score against another of the same answers.
 
     fig, axes = plt.subplots(2, 4)
     task_curves(frame, axes, {"nli": 0.5, "open_qa": 0.0}, by="regulariser")            # over the number of edits
     task_curves(frame, axes, chance, x="batch_size", by="method")
     plots.shared_legend(fig, axes.ravel())
     batch_grid(frame, ax, "task_nli")
+    two_scorers(frame, ax, "nli_generated", by="method")                                # each edited model scored twice
 
 Every frame has one row a model: n_edits (0: unedited), seed (the order of the edits) and a column task_<name> a task.
 """
@@ -16,7 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from nbkit.plots.style import GREY, REFERENCE, columns, group_styles, integer_axis, legend_above, log_axis
+from nbkit.plots.style import BLACK, GREY, REFERENCE, columns, group_styles, integer_axis, legend_above, log_axis
 from nbkit.records.ability import scored_tasks
 from nbkit.records.intervals import student
 
@@ -124,3 +126,31 @@ def batch_grid(frame: pd.DataFrame, ax: Axes, value: str) -> Axes:
     ax.tick_params(length=0)
     ax.set(xlabel="Number of edits", ylabel="Edits in one batch")
     return ax
+
+
+def two_scorers(frame: pd.DataFrame, ax: Axes, task: str, by: str = "method", other: str = "as_released") -> Axes:
+    """A task's score by another of its metrics against the first, of the same answers: a point an edited model.
+
+    Args:
+        frame: rows of one model: n_edits (0: unedited, a star), `by`, task_<task> and task_<task>:<other>. A model for
+            which that one is NaN, as no answer could be read, is a cross below the axis.
+    """
+    first, second = f"task_{task}", f"task_{task}:{other}"
+    columns(frame, "n_edits", by, first, second)
+    before, after = frame[frame["n_edits"] == 0], frame[frame["n_edits"] > 0]
+    ax.plot([0, 1], [0, 1], zorder=1, **REFERENCE)
+    for name, (colour, marker) in group_styles(after[by]).items():
+        rows = after[after[by] == name]
+        look = {"color": colour, "ls": "none", "alpha": 0.7, "ms": 3.5}
+        ax.plot(rows[first], rows[second], marker=marker, mew=0, label=str(name), **look)
+        unscored = rows.loc[rows[second].isna(), first]
+        ax.plot(unscored, np.full(len(unscored), -0.08), marker="x", mew=0.8, **look)
+    handles = ax.get_legend_handles_labels()[0]
+    if len(before):
+        star = {"color": BLACK, "marker": "*", "ls": "none", "ms": 8, "mew": 0, "zorder": 3}
+        handles += ax.plot(before[first].iloc[:1], before[second].iloc[:1], label="unedited", **star)
+    if after[second].isna().any():
+        handles.append(Line2D([], [], color=GREY, marker="x", ls="none", ms=3.5, label="no answer to score"))
+    ax.set_title(task.replace("_", " "), loc="right")
+    ax.set(xlabel="Score", ylabel=f"Score {other.replace('_', ' ')}", xlim=(-0.04, 1.04), ylim=(-0.12, 1.04))
+    return legend_above(ax, handles, title_lines=1)

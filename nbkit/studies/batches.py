@@ -46,6 +46,7 @@ def batch_edits(
     tasks: Sequence[str] | None = None,
     task_limit: int | None = None,
     include_path: Path | str = TASKS,
+    drift: bool = True,
     **hparams,
 ) -> pd.DataFrame:
     """The first so many requests of an order shuffled by each seed as ONE edit of the unedited model: one row an edit.
@@ -54,6 +55,7 @@ def batch_edits(
         batch_sizes: how many, one edit for each. The smaller batch of a seed is part of the larger.
         regularise: what the update is regularised by, as in `edit_batch`.
         tasks: tasks that each model is scored on, as by `task_scores` with task_limit and include_path; None: none.
+        drift: whether its columns are measured, as in `sequential_edits`.
 
     Columns: seed, n_edits (the size of the batch; 0 is the unedited model, measured once and listed for every seed),
     perplexity, each metric of `metrics.edit_metrics` (mean over the batch), what the method reports, drift, drift_felt
@@ -67,9 +69,11 @@ def batch_edits(
     batch_sizes = check_sizes(batch_sizes, len(requests))
     scored = None if tasks is None else Tasks(tasks, task_limit, include_path)
     asked, data = ({}, {}) if scored is None else (scored.parameters, scored.data)
+    if not drift:
+        asked["drift"] = False
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard, regularise)
     study = setting.study("batch_edits", {"texts": texts, "requests": requests, **data}, **asked)
-    measuring = InSequence(lm, texts, tasks=scored)
+    measuring = InSequence(lm, texts, tasks=scored, drift=drift)
 
     def compute(unit: str) -> list[dict[str, Any]]:
         if unit == UNEDITED:

@@ -34,7 +34,7 @@ class InSequence:
 
     generated: arguments of `models.generation.generated`, None for none. text_moment: of ordinary text, which the
     drift is felt by; None: of the unedited model on its default text, where it brings one. tasks: that are scored;
-    None for none.
+    None for none. drift: whether it is measured.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class InSequence:
         generated: Mapping[str, Any] | None = None,
         text_moment: SecondMoments | None = None,
         tasks: Tasks | None = None,
+        drift: bool = True,
     ):
         self.lm, self.texts, self.generated, self.text_moment, self.tasks = lm, texts, generated, text_moment, tasks
+        self.measures_drift = drift
         self.choices: dict[EditRequest, list[tuple[int, ...]]] = {}
         self.moments: dict[tuple[int, ...], SecondMoments] = {}
 
@@ -85,6 +87,8 @@ class InSequence:
         return self.scored()
 
     def drifted(self) -> dict[str, float]:
+        if not self.measures_drift:
+            return {}
         found = drift(self.lm, self._text_moment())
         return {"drift": found.norm, "drift_felt": found.felt, "drift_felt_relative": found.felt_relative}
 

@@ -61,6 +61,7 @@ def protocol_edits(
     tasks: Sequence[str] | None = None,
     task_limit: int | None = None,
     include_path: Path | str = TASKS,
+    drift: bool = True,
     **hparams,
 ) -> pd.DataFrame:
     """Edits by one of `PROTOCOLS`, and what became of the model: rows of one shape, one for every model measured.
@@ -70,6 +71,7 @@ def protocol_edits(
         batch_sizes: requests an edit carries, a whole protocol for each size; of batch-* only, which cannot do without.
         evaluate_every: of *-sequential: the model is measured after so many requests, and after the last.
         regularise, tasks, task_limit, include_path: as in `sequential_edits`.
+        drift: as there: whether drift, which is no column here, is measured and stored too (never of instance-single).
 
     Columns: protocol, method, regulariser (its name and arguments in words, "none" without), seed, batch_size, n_edits
     (how many requests are in the model: 1 in each row of instance-single, 0 the unedited model), checkpoint (True),
@@ -104,6 +106,8 @@ def protocol_edits(
         "include_path": include_path,
         **hparams,
     }
+    if protocol != "instance-single":
+        setting["drift"] = drift
     if protocol == "instance-single":
         chosen = [request for seed in seeds for request in in_order(requests, seed)[:n_edits]]
         singles = single_edits(lm, chosen, texts, **setting)

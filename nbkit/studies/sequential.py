@@ -50,6 +50,7 @@ def sequential_edits(
     tasks: Sequence[str] | None = None,
     task_limit: int | None = None,
     include_path: Path | str = TASKS,
+    drift: bool = True,
     **hparams,
 ) -> pd.DataFrame:
     """Requests edited into one model one after another, in an order shuffled by each seed: one row an edit.
@@ -70,6 +71,8 @@ def sequential_edits(
         regularise: what every update is regularised by, as in `edit_sequence`.
         tasks: tasks that are scored at every checkpoint, and of the model before any edit, as by `task_scores` with
             task_limit and include_path; None: none.
+        drift: whether its columns are measured; for drift_felt second moments are taken of every layer that is changed,
+            once for each, which can take longer than the edits.
 
     Columns: seed, group, n_edits (requests edited so far), the edited request (with per_step above 1: case_id and
     subject_kind of all, and n_requests), what the method reports of its edit, and each metric m of
@@ -107,13 +110,15 @@ def sequential_edits(
     data: dict[str, Any] = {"texts": texts, "requests": requests}
     if per_step > 1:
         asked["per_step"] = int(per_step)
+    if not drift:
+        asked["drift"] = False
     scored = None if tasks is None else Tasks(tasks, task_limit, include_path)
     if scored is not None:
         asked, data = asked | scored.parameters, data | scored.data
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard, regularise)
     study = setting.study("sequential_edits", data, **asked)
     text_moments = None if text_moment is None else SecondMoments(text_moment, lm)
-    measuring = InSequence(lm, texts, generated, text_moments, scored)
+    measuring = InSequence(lm, texts, generated, text_moments, scored, drift)
     orders = Orders(setting, study, measuring, requests, n_edits, evaluate_every, per_step)
 
     units = [unit for seed in seeds for unit in orders.units(seed)]
