@@ -180,7 +180,7 @@ def test_tasks_of_lm_eval_are_scored_beside_own_ones_and_a_group_by_its_tasks(lm
 
 def test_every_task_of_lm_eval_can_be_asked_for_by_name():
     assert {"hellaswag", "piqa", "gsm8k"} <= set(_lm_eval().all_tasks)
-    for notebook in ("02_perplexity_as_surrogate", "08_models_side_by_side"):
+    for notebook in ("02_perplexity_as_surrogate", "01b_models_side_by_side"):
         given = checked(paths.ROOT / "notebooks" / f"{notebook}.ipynb", {"tasks": "hellaswag,piqa"})
         assert given == {"tasks": ["hellaswag", "piqa"]}
 
