@@ -202,6 +202,17 @@ def test_singular_vectors_are_drawn_uniformly(tiny):
     assert float(vectors.norm(dim=1).max()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("way", KINDS)
+def test_an_imitation_of_the_same_norm_has_the_same_entries_up_to_a_factor(lm, delta, way):
+    edit = edit_of(lm, delta)
+    free = only(regularise(edit, lm, "imitate", kind=way, seed=0))
+    new = only(regularise(edit, lm, "imitate", kind=way, seed=0, same_norm=True))
+    assert float(new.norm()) == pytest.approx(edit.norm(), rel=1e-6)
+    torch.testing.assert_close(new, free * (edit.norm() / float(free.norm())), rtol=1e-5, atol=1e-9)
+    if way == "profile":
+        assert not float(free.norm()) == pytest.approx(edit.norm(), rel=1e-2), "it has another norm by itself"
+
+
 def test_where_the_weight_is_zero_the_profile_leaves_the_update(tiny):
     with torch.no_grad():
         weight(tiny)[:, :4] = 0
@@ -320,6 +331,7 @@ def test_number_types_stay_and_the_edit_goes_into_a_file(make_lm, tmp_path, name
         ("imitate", {}, "imitate needs kind and seed"),
         ("imitate", {"kind": "noise", "seed": 0}, "kind must be one of gaussian, spectrum, shuffled, profile"),
         ("imitate", {"kind": "gaussian", "seed": -1}, "seed must be a whole number from 0 on"),
+        ("imitate", {"kind": "profile", "seed": 0, "same_norm": 1}, "same_norm must be True or False, not 1"),
         ("sphere", {"energy": 1.0}, "energy must be a number above 0 and below 1"),
         ("sphere", {"alpha": 1.1}, "alpha must be a number from 0 on and up to 1"),
     ],

@@ -14,10 +14,11 @@ from nbkit.edits.editable import EditableModel
 from nbkit.edits.selection import seeded
 from nbkit.edits.spectra import check_finite
 from nbkit.edits.updates import Deltas, Dense, Svd, Update
-from nbkit.records.bounds import check_choice
+from nbkit.errors import MethodError
+from nbkit.records.bounds import check_choice, shown
 
 
-def imitate(edit: Edit, lm: EditableModel, *, kind: str, seed: int) -> tuple[Deltas, dict]:
+def imitate(edit: Edit, lm: EditableModel, *, kind: str, seed: int, same_norm: bool = False) -> tuple[Deltas, dict]:
     """Of each weight, an update drawn at random that shares with ΔW, depending on `kind`:
 
     "gaussian": the Frobenius norm, of Gaussian noise.
@@ -25,16 +26,22 @@ def imitate(edit: Edit, lm: EditableModel, *, kind: str, seed: int) -> tuple[Del
     "shuffled": the entries, each at another place of the same weight.
     "profile": the multiset of δ = |ΔW / W|: ΔW'_ij = ± W_ij δ_π(ij), π a permutation of the places where W is not 0,
         signs random. Where W = 0 there is no δ, and ΔW stays. Its norm is another, mostly larger, as the largest δ
-        belong to the smallest weights; `scale` makes them alike.
+        belong to the smallest weights.
+
+    same_norm: it is then scaled to the Frobenius norm of ΔW, so that a profile shares the δ up to one factor; the other
+    kinds have that norm as they are.
 
     The same seed draws the same on every device. MethodError for the spectrum of an update that is not finite.
     """
     check_choice("kind", kind, tuple(_KINDS))
+    if not isinstance(same_norm, bool):
+        raise MethodError(f"same_norm must be True or False, not {shown(same_norm)}")
     generator, deltas = seeded(seed), {}
     for name, delta in edit.deltas.items():
         if kind == "spectrum":
             check_finite(name, delta)
-        deltas[name] = _KINDS[kind](delta.to(lm.device), lm.oriented(name).detach(), generator)
+        made = _KINDS[kind](delta.to(lm.device), lm.oriented(name).detach(), generator)
+        deltas[name] = made.scaled(delta.norm() / made.norm()) if same_norm and made.norm() else made
     return deltas, {}
 
 
