@@ -11,7 +11,7 @@ from nbkit import paths
 NAMES = sorted(path.stem for path in (paths.ROOT / "notebooks").glob("*.ipynb"))
 SLACK = 2  # pixels that rounding may cost
 SMALLER = {  # what is timed is not stored, and would take minutes
-    "09_methods_compared": {"n_timed": 2, "n_regularised": 4},
+    "09_methods_compared": {"n_timed": 2},
     "10_throughput": {
         "models": ["miniworld-gpt2@6"], "n_texts": 5, "batch_sizes": [1, 4], "repeats": 1, "n_screened": 8,
         "n_growth": 8, "growth_batch": 4, "moment_tokens": 1000,
