@@ -4,8 +4,10 @@ They are float64 where that is possible, so that a test can tell a mistake from 
 """
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported: a test never downloads
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, also in the processes that tests start and hang up
 
 from pathlib import Path  # noqa: E402
 
