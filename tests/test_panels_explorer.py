@@ -184,7 +184,7 @@ def test_the_arguments_of_a_regulariser_are_fields(explorer):
     with pytest.raises(MethodError, match="rescaled must be one of True, False, not 'yes'"):
         settings.read()
     settings.regulariser.value = "imitate"
-    assert settings.read().regulariser_arguments == {"kind": "gaussian", "seed": 0}
+    assert settings.read().regulariser_arguments == {"kind": "gaussian", "seed": 0, "same_norm": False}
     settings.regulariser.value = "scale"
     assert list(settings.arguments) == ["factor", "norm", "measure"], "an edit and matrices are not typed in"
 
