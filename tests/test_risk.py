@@ -54,4 +54,4 @@ def test_wrong_settings_are_refused(tiny, requests):
 
 DEFAULTS = {"key_mode": "mixed", "target_init": "unprefixed", "v_lr": 0.5, "v_num_grad_steps": 20,
             "v_weight_decay": 0.5, "clamp_norm_factor": 4.0, "kl_factor": 0.0625, "early_stop_loss": 0.05,
-            "second_moment_ridge": 0.0}  # fmt: skip
+            "second_moment_ridge": 0.0, "stop_after_first_choice": 0, "value_norm": 0.0}  # fmt: skip
