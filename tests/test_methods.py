@@ -273,6 +273,32 @@ def test_a_notebook_s_parameters_become_the_arguments_of_the_method(tiny, reques
             setup(tiny, **refused)
 
 
+def test_settings_that_were_tuned_for_a_model_stand_over_its_defaults_and_below_what_is_given(tiny, tmp_path):
+    tiny.name = str(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "hparams.toml").write_text("[rome]\nlayer = 1\nv_lr = 0.3\n[memit]\nlayers = [0, 1]\n")
+    assert hparams.tuned(tiny, "rome") == {}
+    assert setup(tiny, "rome", settings="tuned").words == "rome, mixed keys, layer 1"
+    (tmp_path / "mine" / "tuned.toml").write_text(
+        "[rome]\nsource = 'a sweep'\nlayer = 2\nv_lr = 0.2\n[memit]\nlayers = [2]\nkey_cache = true\n"
+    )
+    default, tuned = setup(tiny, "rome"), setup(tiny, "rome", settings="tuned")
+    assert (default.parameters.layer, default.parameters.v_lr) == (1, 0.3)
+    assert tuned.arguments == {"method": "rome", "layer": 2, "v_lr": 0.2, "key_mode": "mixed"}
+    assert tuned.words == "rome, mixed keys, layer 2, tuned"
+    given = setup(tiny, "rome", 0, "plain", {"v_lr": 0.1}, settings="tuned")
+    assert given.arguments == {"method": "rome", "layer": 0, "v_lr": 0.1, "key_mode": "plain"}
+    assert setup(tiny, "rome", hparams={"layer": None}, settings="tuned").parameters.layer == 2, "None: as not given"
+    several = setup(tiny, "memit", 0, settings="tuned")
+    assert several.arguments == {"method": "memit", "layers": [0], "key_cache": True}
+    assert setup(tiny, "ft", 1, settings="tuned").words == "ft, prompt_last, layer 1", "of which it says nothing"
+    (tmp_path / "mine" / "tuned.toml").write_text("[rome]\nlr = 1\n")
+    with pytest.raises(MethodError, match=r"tuned.toml, \[rome\]: no hyper-parameter lr"):
+        setup(tiny, "rome", settings="tuned")
+    with pytest.raises(MethodError, match="settings must be one of default, tuned, not 'tuend'; did you mean 'tuned'"):
+        setup(tiny, "rome", settings="tuend")
+
+
 @pytest.mark.parametrize("method", ["rome", "memit", "emmet", "alphaedit", "encore"])
 def test_a_model_that_brings_no_text_is_edited_with_the_second_moment_of_given_ones(
     tiny, requests, contexts, texts, method, tmp_path, monkeypatch

@@ -32,8 +32,8 @@ from miniworld.tuning import (
 from nbkit import paths
 from nbkit.batch.parameters import declared
 from nbkit.errors import MethodError, RequestError
-from nbkit.methods import METHODS
-from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods import METHODS, hparams
+from nbkit.methods.hparams import hyper_parameters, tuned
 from nbkit.methods.mend.recipe import recipe_of
 from nbkit.models.prompts import subject_kind
 from nbkit.records.results import Store
@@ -268,23 +268,38 @@ def test_the_command_writes_all_settings_and_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TUNED", ("ft", "kn"))
     asked = ["tune", "miniworld-gpt2", "--budget", "2", "--requests", "1", "--out", str(tmp_path / "out")]
     only_printed = CliRunner().invoke(app, [*asked, "--method", "kn"], catch_exceptions=False)
-    assert only_printed.exit_code == 0 and "[kn.miniworld-gpt2]" in only_printed.output
+    assert only_printed.exit_code == 0 and "[kn]\nsource" in only_printed.output
     assert not (tmp_path / "out").exists()
     assert CliRunner().invoke(app, asked, catch_exceptions=False).exit_code == 0
-    table = pd.read_csv(tmp_path / "out" / "miniworld-gpt2.csv")
+    folder = tmp_path / "out" / "miniworld-gpt2"
+    table = pd.read_csv(folder / "tuning.csv")
     assert table.groupby("method")["chosen"].agg(["size", "sum"]).loc[["ft", "kn"]].to_numpy().tolist() == [[2, 1]] * 2
-    card = (tmp_path / "out" / "miniworld-gpt2.md").read_text(encoding="utf-8")
-    lines = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+    card = (folder / "tuning.md").read_text(encoding="utf-8")
+    assert "| 3000 | 30000 |" in card and "$" not in card
     lm = nbkit.load("miniworld-gpt2", device="cpu")
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    monkeypatch.setattr(hparams, "embedded_models", lambda: ["miniworld-gpt2"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "out").rename(tmp_path / "data" / "models")
     for method in ("ft", "kn"):
         chosen = json.loads(table.query("method == @method and chosen")["hyper_parameters"].item())
-        own = lines[method]["miniworld-gpt2"]
-        assert {name: value for name, value in own.items() if name != "source"} == chosen
+        assert tuned(lm, method) == chosen
         hyper_parameters(lm, method, **chosen)
-    assert "| 3000 | 30000 |" in card and "$" not in card
+    assert tuned(lm, "rome") == {}, "which was not asked for"
     for method, said in (("mend", "trained"), ("room", "unknown method")):
         refused = CliRunner().invoke(app, [*asked, "--method", method])
         assert refused.exit_code == 2 and said in refused.output
+
+
+@pytest.mark.parametrize("model", ["miniworld-gpt2", "miniworld-llama"])
+def test_what_models_come_with_is_what_the_rule_chooses_of_their_tables(model):
+    lm, table = nbkit.load(model, device="cpu"), pd.read_csv(paths.DATA / "models" / model / "tuning.csv")
+    assert set(table["method"]) == set(TUNED) and table.groupby("method").size().nunique() == 1
+    for method, of_method in table.groupby("method"):
+        chosen = json.loads(choose(of_method)["hyper_parameters"])
+        assert tuned(lm, method) == chosen == json.loads(of_method.loc[of_method["chosen"], "hyper_parameters"].item())
+        assert set(chosen) == set(space_of(method))
+        hyper_parameters(lm, method, **chosen)
 
 
 def test_the_training_of_mend_is_told_from_its_log(shipped, tmp_path, monkeypatch):
@@ -297,4 +312,4 @@ def test_the_training_of_mend_is_told_from_its_log(shipped, tmp_path, monkeypatc
     assert training_of_mend(shipped) is None
     table = settings_of((1, 1, 1, 1)).assign(chosen=True, budget=1, seed=0)
     assert "none is trained" in card_of_tuning(shipped, table)
-    assert chosen_lines(table, shipped.name).startswith("[ft.miniworld-gpt2]")
+    assert chosen_lines(table, shipped.name).startswith("[ft]\nsource = ")

@@ -124,22 +124,24 @@ def tune(
     method: Annotated[
         list[str] | None, typer.Option(help="A method; once for each. All but MEND, which is trained, if not given.")
     ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="Settings of each method, its default among them.")] = 24,
+    budget: Annotated[int, typer.Option(min=1, help="Settings of each method, its default among them.")] = 16,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each of the two kinds of subject.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the settings that are drawn, and of the requests.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for a table and a card of each model.")] = (
-        paths.DATA / "miniworld" / "tuning"
+    out: Annotated[Path, typer.Option(help="Folder of the models' folders, to which the files are written.")] = (
+        paths.DATA / "models"
     ),
 ):
     """Choose every method's settings by one rule, of equally many, on requests that nothing reports: see tuning.py.
 
-    What was measured before an interrupt is not measured again. With --method nothing is written to the folder.
+    Written are tuned.toml (what is chosen), tuning.csv (all settings and their scores) and tuning.md (the card); with
+    --method nothing is. What was measured before an interrupt is not measured again.
     """
     from miniworld.families import FAMILIES
     from miniworld.recipe import recipe_of
-    from miniworld.tuning import TUNED, card_of_tuning, space_of
+    from miniworld.tuning import TUNED, card_of_tuning, chosen_lines, space_of
     from miniworld.tuning import tune as tune_model
     from nbkit.errors import NbkitError
+    from nbkit.methods.hparams import TUNED as TUNED_FILE
     from nbkit.models.loading import load
     from nbkit.records.embedded import embedded_models
     from nbkit.records.tables import write_table
@@ -152,11 +154,12 @@ def tune(
     for name in model or [name for name in embedded_models() if FAMILIES[recipe_of(name).family].edited]:
         lm = load(name)
         table = tune_model(lm, method or TUNED, budget, requests, seed)
-        card = card_of_tuning(lm, table)
-        print(table.round(4).to_string(index=False), card, sep="\n\n")
+        card, lines = card_of_tuning(lm, table), chosen_lines(table, name)
+        print(table.round(4).to_string(index=False), card, lines, sep="\n\n")
         if not method:
-            write_table(table, out / f"{name}.csv")
-            (out / f"{name}.md").write_text(card, encoding="utf-8")
+            write_table(table, out / name / "tuning.csv")
+            (out / name / "tuning.md").write_text(card, encoding="utf-8")
+            (out / name / TUNED_FILE).write_text(lines, encoding="utf-8")
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Every method's settings on an embedded model, chosen by one rule, of equally many, on requests that nothing reports.
 
-    table = tune(lm, ["ft", "rome"], budget=24, n=20)
+    table = tune(lm, ["ft", "rome"], budget=16, n=20)
     table[table["chosen"]]
 
 The settings of a method are the default that the model has, and then draws from what search.toml says of the method: a
@@ -146,7 +146,7 @@ def held_out_requests(lm: LanguageModel, n: int = 20, seed: int = 0) -> list[Edi
 def tune(
     lm: LanguageModel,
     methods: Sequence[str] = TUNED,
-    budget: int = 24,
+    budget: int = 16,
     n: int = 20,
     seed: int = 0,
     store: Store | None = None,
@@ -249,17 +249,17 @@ def training_of_mend(lm: LanguageModel) -> dict[str, Any] | None:
 
 
 def chosen_lines(table: pd.DataFrame, model: str) -> str:
-    """The lines of hparams.toml that the chosen settings amount to; other lines of those tables stay."""
+    """The chosen settings as tuned.toml has them, which `nbkit.methods.hparams.tuned` reads."""
     parts = []
     for row in table[table["chosen"]].to_dict("records"):
         lines = [f"{name} = {json.dumps(value)}" for name, value in json.loads(row["hyper_parameters"]).items()]
         source = f"`python data/miniworld tune {model}`: of {row['budget']} settings, see data/miniworld/tuning.py"
-        parts.append("\n".join([f"[{row['method']}.{model}]", f"source = {json.dumps(source)}", *lines]))
-    return "\n\n".join(parts)
+        parts.append("\n".join([f"[{row['method']}]", f"source = {json.dumps(source)}", *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 def card_of_tuning(lm: LanguageModel, table: pd.DataFrame) -> str:
-    """The rule, what it chose, what that took, and the lines for hparams.toml."""
+    """The rule, what it chose, and what that took."""
     by_method = table.groupby("method", sort=False)
     columns = ["method", "hyper_parameters", *SHARES, "median_ratio", "largest_ratio", "score"]
     chosen = table.loc[table["chosen"], columns].set_index("method")
@@ -278,5 +278,4 @@ def card_of_tuning(lm: LanguageModel, table: pd.DataFrame) -> str:
         chosen=markdown(chosen.reset_index()),
         mend="none is trained for this model" if trained is None else markdown(pd.DataFrame([trained])),
         device=lm.device,
-        lines=chosen_lines(table, lm.name),
     )

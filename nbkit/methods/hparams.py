@@ -6,6 +6,9 @@
 Tables are TOML: a method's own, and below it one a family, which is taken for models whose name contains the family's.
 They are read from hparams.toml here, over it from the user's file that NBKIT_HPARAMS names, and over that from
 hparams.toml in the folder of the model itself, whose family needs no name.
+
+Apart from these defaults a model can have settings that were chosen for it by a search, in tuned.toml in its folder, which
+whoever compares methods asks for: `tuned`.
 """
 
 import dataclasses
@@ -16,11 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nbkit import paths
 from nbkit.errors import MethodError
 from nbkit.methods.table import METHODS, method_named
 from nbkit.models.language_model import LanguageModel, check_model
+from nbkit.records.embedded import embedded_models
 
 HPARAMS = Path(__file__).with_suffix(".toml")
+TUNED = "tuned.toml"  # in a model's folder
 DEPTHS = {"gpt-j-6b": 28, "llama-2-7b": 32, "llama-3-8b": 32, "gpt2-xl": 48}  # the layers that published models have
 
 
@@ -48,6 +54,18 @@ def hyper_parameters(lm: LanguageModel, method: str, **hparams: Any) -> Any:
     for layer in getattr(parameters, "layers", ()):
         lm.check_layer(layer)
     return parameters
+
+
+def tuned(lm: LanguageModel, method: str) -> dict[str, Any]:
+    """What tuned.toml in the model's folder says of a method, to be given as its hyper-parameters.
+
+    {} for a method that is not in it, as a trained one, and for a model without that file. MethodError as for other
+    tables.
+    """
+    method_named(method)
+    folder = paths.DATA / "models" / lm.name if lm.name in embedded_models() else Path(lm.name)
+    table = read_tables(folder / TUNED).get(method, {}) if (folder / TUNED).is_file() else {}
+    return {name: value for name, value in table.items() if name != "source"}
 
 
 def published_layers(lm: LanguageModel, method: str) -> dict[str, Any]:

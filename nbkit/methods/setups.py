@@ -13,12 +13,14 @@ from typing import Any
 from nbkit import paths
 from nbkit.errors import MethodError
 from nbkit.keys.moments import second_moments
-from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.hparams import hyper_parameters, tuned
 from nbkit.methods.table import METHODS, method_named
 from nbkit.models.language_model import LanguageModel
+from nbkit.records.bounds import check_choice
 from nbkit.records.requests import read_texts
 
 OF_ROME = "mixed"  # the key mode that a method without any is as good as given
+SETTINGS = (DEFAULT, TUNED) = ("default", "tuned")
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,25 @@ def setup(
     hparams: Mapping[str, Any] | None = None,
     second_moment_texts: str | Path | None = None,
     second_moment_tokens: int | None = None,
+    settings: str = DEFAULT,
 ) -> Setup:
     """What these parameters mean for a method and a model.
 
     layer: for a method of several layers, this one alone; None is the default, "auto" as in `hyper_parameters`.
     key_mode: of ROME. hparams: over both. second_moment_texts: a file, or a name that `read_texts` knows, whose keys'
     second moments are used, over `second_moment_tokens`, and cached in `runs/moments`; None leaves it to the method, as
-    in `edit`.
+    in `edit`. settings: what stands below all these, "default", or "tuned" for `tuned` over the defaults.
     MethodError for what the method does not have.
     """
     names = {field.name for field in dataclasses.fields(method_named(method).parameters)}
+    check_choice("settings", settings, SETTINGS)
+    chosen = tuned(lm, method) if settings == TUNED else {}
     arguments: dict[str, Any] = {"method": method}
     if layer is not None:
         if not names & {"layer", "layers"}:
             raise MethodError(f"{method} finds the layers that it edits by itself; leave layer out")
         several = "layers" in names
+        chosen = {name: value for name, value in chosen.items() if name not in ("layer", "layers")}
         arguments["layers" if several else "layer"] = [layer] if several and layer != "auto" else layer
     if "key_mode" in names:
         arguments["key_mode"] = key_mode
@@ -60,7 +66,8 @@ def setup(
         raise MethodError(f"{method} has no key_mode; only rome has")
     if hparams is not None and not isinstance(hparams, Mapping):
         raise MethodError(f"hparams must be hyper-parameters by name, as {{'v_lr': 0.1}}, not {hparams!r}")
-    arguments |= hparams or {}
+    given = {name: value for name, value in (hparams or {}).items() if value is not None or name not in chosen}
+    arguments = chosen | arguments | given
     parameters = hyper_parameters(lm, **arguments)
     if second_moment_texts is not None:
         if not METHODS[method].takes_second_moment:
@@ -69,8 +76,9 @@ def setup(
             lm, parameters.layers, read_texts(second_moment_texts), n_tokens=second_moment_tokens,
             cache=paths.RUNS / "moments",
         )  # fmt: skip
-    about_C = [] if second_moment_texts is None else [f"C of {Path(second_moment_texts).name}"]
-    return Setup(arguments, parameters, ", ".join([in_words(method, parameters), *about_C]))
+    more = [] if second_moment_texts is None else [f"C of {Path(second_moment_texts).name}"]
+    more += ["tuned"] if chosen else []
+    return Setup(arguments, parameters, ", ".join([in_words(method, parameters), *more]))
 
 
 def in_words(method: str, parameters: Any) -> str:
