@@ -7,8 +7,8 @@ Tables are TOML: a method's own, and below it one a family, which is taken for m
 They are read from hparams.toml here, over it from the user's file that NBKIT_HPARAMS names, and over that from
 hparams.toml in the folder of the model itself, whose family needs no name.
 
-Apart from these defaults a model can have settings that were chosen for it by a search, in tuned.toml in its folder, which
-whoever compares methods asks for: `tuned`.
+Apart from these defaults a model can have settings that were chosen for it by a search, in tuned.toml in its folder,
+which whoever compares methods asks for: `tuned`.
 """
 
 import dataclasses
