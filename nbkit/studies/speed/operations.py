@@ -25,6 +25,7 @@ PARTS = {
     "memory moves": r"aten::(copy_|clone|cat|stack|fill_|embedding|gather|scatter\w*|\w*index\w*)",
 }
 OTHER = "other operations"
+FEW_STEPS = 10  # of the search for v*
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -61,8 +62,9 @@ def time_by_operation(work: Workload, n: int = 8) -> pd.DataFrame:
     operations of the plain loop make much of, and on a GPU, of which the device's time is taken, its idle time.
     """
     work.edit(work.some(0, 1))
-    # The plain loop's texts go one by one, all alike, and each makes many thousand events: some of them will do.
-    few = dataclasses.replace(work, context_templates=work.context_templates[::10])
+    # The plain loop's texts go one by one, its steps are alike, and each makes many thousand events: some will do.
+    steps = {"v_num_grad_steps": min(FEW_STEPS, work.parameters.v_num_grad_steps)}
+    few = dataclasses.replace(work, context_templates=work.context_templates[::10], hparams={**work.hparams, **steps})
     tasks = [
         ("plain", work.some(0, 1), work.edit_plainly, few.edit_plainly),
         ("replay", work.some(0, n), work.edit, work.edit),
