@@ -178,7 +178,7 @@ def test_a_point_has_both_scores_of_an_edited_model_and_a_cross_the_models_witho
         np.testing.assert_allclose(line(ax, name).get_ydata(), rows["task_nli:as_released"])
     crosses = [one for one in ax.lines if one.get_marker() == "x"]
     assert [len(one.get_xdata()) for one in crosses] == [3, 3] and (crosses[0].get_ydata() < 0).all()
-    np.testing.assert_array_equal(line(ax, "unedited").get_xydata(), [[0.7, 0.8]])
+    np.testing.assert_allclose(line(ax, "unedited").get_xydata(), [[0.7, 0.8]])
     assert labels_of(ax) == ["rome", "memit", "unedited", "no answer to score"]
     ax.clear()
     plots.two_scorers(frame.query("n_edits == 5"), ax, "nli")
