@@ -84,10 +84,10 @@ def task_curve(
             handles.append(ax.axhline(before[column].mean(), zorder=1, label="unedited", **UNEDITED))
     if chance:
         handles.append(ax.axhline(chance, zorder=1, label="guessing", **REFERENCE))
-    seen: list[tuple[str, str]] = []
-    for name, style in group_styles(frame[by]).items():
-        (colour, marker), dashes = style, DASHES[seen.count(style) % len(DASHES)]
-        seen.append(style)
+    seen: list[str] = []
+    for name, (colour, marker) in group_styles(frame[by]).items():
+        dashes = DASHES[seen.count(colour) % len(DASHES)]
+        seen.append(colour)
         table = frame[frame[by] == name].pivot(index=x, columns="seed", values=column)
         means = [student(row) for row in table.to_numpy()]
         low, high = ([getattr(each, end) for each in means] for end in ("low", "high"))
