@@ -118,9 +118,10 @@ def batch_grid(frame: pd.DataFrame, ax: Axes, value: str) -> Axes:
         raise ValueError("a batch size, number of edits and seed occurs twice: give the rows of one method only")
     table = frame.pivot_table(index="batch_size", columns="n_edits", values=value, aggfunc="mean", dropna=False)
     ax.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    look = {"ha": "center", "va": "center", "size": "x-small" if table.shape[1] > 5 else "medium"}
     for row, column in np.argwhere(table.notna().to_numpy()):
         number = table.iat[row, column]
-        ax.text(column, row, f"{number:.2f}", ha="center", va="center", color="white" if number < 0.6 else "black")
+        ax.text(column, row, f"{number:.2f}", color="white" if number < 0.6 else "black", **look)
     ax.set_xticks(range(table.shape[1]), [f"{n:g}" for n in table.columns])
     ax.set_yticks(range(table.shape[0]), [f"{n:g}" for n in table.index])
     ax.tick_params(length=0)
