@@ -11,6 +11,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, also in th
 
 from pathlib import Path  # noqa: E402
 
+import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -213,3 +214,27 @@ def tiny_tokenizer(adds_bos: bool = False, merges: int = 200) -> PreTrainedToken
     tokenizer.post_processor = processors.Sequence(steps)
     special = {"eos_token": "<|endoftext|>", "bos_token": "<s>" if adds_bos else "<|endoftext|>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture
+def ax():
+    """An empty axis of a column's width, in the style of a paper."""
+    from matplotlib import pyplot as plt
+
+    from nbkit import plots
+
+    with plots.paper_style():
+        fig, ax = plt.subplots(figsize=(plots.COLUMN, 2.5))
+        yield ax
+        plt.close(fig)
+
+
+def check_frame_of_a_plot(function, frame, ax):
+    """What each plot does with a frame: no rows and a missing column are named, and what it draws it leaves alone."""
+    with pytest.raises(ValueError, match="no rows"):
+        function(frame.iloc[:0], ax)
+    with pytest.raises(ValueError, match="has no column .*; it has other"):
+        function(pd.DataFrame({"other": [1]}), ax)
+    before = frame.copy()
+    function(frame, ax)
+    pd.testing.assert_frame_equal(frame, before)

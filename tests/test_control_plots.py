@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import check_frame_of_a_plot
 from scipy import stats
 
 from nbkit import plots
@@ -18,14 +19,6 @@ from nbkit.records.pareto import front
 mpl.use("Agg")
 CHANCE = {"nli": 0.5, "open_qa": 0.0, "sentiment": 0.5}
 REGULARISERS = {"none": 0.04, "rect 40 %": 0.02, "scale": 0.02, "random 40 %": 0.01}
-
-
-@pytest.fixture
-def ax():
-    with plots.paper_style():
-        fig, ax = plt.subplots(figsize=(plots.COLUMN, 2.5))
-        yield ax
-        plt.close(fig)
 
 
 def sequence_frame():
@@ -254,10 +247,4 @@ def test_maps_side_by_side_share_a_scale_that_says_what_a_cell_is():
      (plots.pareto_front, with_ability(sequence_frame(), CHANCE))],
 )  # fmt: skip
 def test_missing_columns_and_empty_frames_are_named(ax, function, frame):
-    with pytest.raises(ValueError, match="no rows"):
-        function(frame.iloc[:0], ax)
-    with pytest.raises(ValueError, match="has no column .*; it has other"):
-        function(pd.DataFrame({"other": [1]}), ax)
-    before = frame.copy()
-    function(frame, ax)
-    pd.testing.assert_frame_equal(frame, before)
+    check_frame_of_a_plot(function, frame, ax)

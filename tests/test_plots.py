@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import check_frame_of_a_plot
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 from scipy import stats
@@ -463,14 +464,6 @@ def texts_of(fig):
 
 def labels_of(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
-
-
-@pytest.fixture
-def ax():
-    with plots.paper_style():
-        fig, ax = plt.subplots(figsize=(plots.COLUMN, 2.5))
-        yield ax
-        plt.close(fig)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -1043,10 +1036,4 @@ def test_known_groups_look_alike_everywhere_and_no_two_groups_share_a_colour():
      (lambda frame, ax: plots.collapse_over(frame, ax, group="group"), trainings_frame())],
 )  # fmt: skip
 def test_missing_columns_and_empty_frames_are_named(ax, function, frame):
-    with pytest.raises(ValueError, match="no rows"):
-        function(frame.iloc[:0], ax)
-    with pytest.raises(ValueError, match="has no column .*; it has other"):
-        function(pd.DataFrame({"other": [1]}), ax)
-    before = frame.copy()
-    function(frame, ax)
-    pd.testing.assert_frame_equal(frame, before)
+    check_frame_of_a_plot(function, frame, ax)

@@ -67,12 +67,10 @@ def batch_edits(
     together_of(method)
     requests, texts, seeds = as_requests(requests), as_texts(texts), check_seeds(seeds)
     batch_sizes = check_sizes(batch_sizes, len(requests))
-    scored = None if tasks is None else Tasks(tasks, task_limit, include_path)
-    asked, data = ({}, {}) if scored is None else (scored.parameters, scored.data)
-    if not drift:
-        asked["drift"] = False
+    scored = Tasks(tasks, task_limit, include_path)
+    asked = scored.parameters if drift else {**scored.parameters, "drift": False}
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard, regularise)
-    study = setting.study("batch_edits", {"texts": texts, "requests": requests, **data}, **asked)
+    study = setting.study("batch_edits", {"texts": texts, "requests": requests, **scored.data}, **asked)
     measuring = InSequence(lm, texts, tasks=scored, drift=drift)
 
     def compute(unit: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from nbkit.studies import metrics as measure
 from nbkit.studies.generation import begins_with
 from nbkit.studies.task_columns import Tasks
 
+NO_TASKS = Tasks(None)
 SAID = {"forgotten": "efficacy_argmax", "forgotten_generated": "efficacy_generated"}  # column -> of which metric
 
 
@@ -33,8 +34,8 @@ class InSequence:
     """Measures one model; what belongs to the unedited model is computed once.
 
     generated: arguments of `models.generation.generated`, None for none. text_moment: of ordinary text, which the
-    drift is felt by; None: of the unedited model on its default text, where it brings one. tasks: that are scored;
-    None for none. drift: whether it is measured.
+    drift is felt by; None: of the unedited model on its default text, where it brings one. tasks: that are scored.
+    drift: whether it is measured.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class InSequence:
         texts: Sequence[str],
         generated: Mapping[str, Any] | None = None,
         text_moment: SecondMoments | None = None,
-        tasks: Tasks | None = None,
+        tasks: Tasks = NO_TASKS,
         drift: bool = True,
     ):
         self.lm, self.texts, self.generated, self.text_moment, self.tasks = lm, texts, generated, text_moment, tasks
@@ -79,7 +80,7 @@ class InSequence:
         return row | self.drifted() | self.scored()
 
     def scored(self) -> dict[str, float]:
-        return {} if self.tasks is None else self.tasks.columns(self.lm)
+        return self.tasks.columns(self.lm)
 
     @cached_property
     def scored_unedited(self) -> dict[str, float]:

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nbkit.errors import ResultsError
+from nbkit.errors import RequestError, ResultsError
 from nbkit.methods.sequence_state import SequenceState, load_state, save_state
 from nbkit.methods.verbs import Step, edit_sequence
 from nbkit.models.prompts import request_columns
+from nbkit.records.bounds import check_number
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Study
 from nbkit.studies import metrics as measure
@@ -52,6 +53,15 @@ def end_of(seed: int, n_edits: int) -> str:
 def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
     """All requests in the order of a seed, however many of them are edited: the shorter sequence begins the longer."""
     return [requests[place] for place in np.random.default_rng(seed).permutation(len(requests))]
+
+
+def checked_n_edits(n_edits: int | None, requests: Sequence[EditRequest]) -> int:
+    """How many of the requests are edited, None for all; RequestError for more than there are."""
+    n_edits = len(requests) if n_edits is None else n_edits
+    check_number("n_edits", n_edits, whole=True, least=1)
+    if n_edits > len(requests):
+        raise RequestError(f"n_edits is {n_edits}, and there are {len(requests)} requests to edit")
+    return n_edits
 
 
 @dataclass

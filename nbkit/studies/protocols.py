@@ -21,17 +21,17 @@ from typing import Any
 import pandas as pd
 
 from nbkit.edits.door import verb
-from nbkit.errors import MethodError, RequestError
+from nbkit.errors import MethodError
 from nbkit.keys.solving import SecondMomentLike
 from nbkit.methods.guard import Guard
 from nbkit.methods.regularising import regulariser_words
 from nbkit.models.language_model import LanguageModel
-from nbkit.records.bounds import check_choice, check_number
+from nbkit.records.bounds import check_choice
 from nbkit.records.lists import as_requests, check_seeds
 from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies.batches import batch_edits, check_sizes
-from nbkit.studies.orders import in_order
+from nbkit.studies.orders import checked_n_edits, in_order
 from nbkit.studies.sequential import sequential_edits
 from nbkit.studies.single import single_edits
 from nbkit.studies.task_scores import TASKS
@@ -86,10 +86,7 @@ def protocol_edits(
     """
     check_choice("protocol", protocol, PROTOCOLS)
     requests, seeds = as_requests(requests), check_seeds(seeds)
-    n_edits = len(requests) if n_edits is None else n_edits
-    check_number("n_edits", n_edits, whole=True, least=1)
-    if n_edits > len(requests):
-        raise RequestError(f"n_edits is {n_edits}, and there are {len(requests)} requests to edit")
+    n_edits = checked_n_edits(n_edits, requests)
     in_batches = protocol.startswith("batch")
     if in_batches != (batch_sizes is not None):
         raise MethodError(f"{protocol} {'needs' if in_batches else 'has no'} batch_sizes")
@@ -106,17 +103,15 @@ def protocol_edits(
         "include_path": include_path,
         **hparams,
     }
-    if protocol != "instance-single":
-        setting["drift"] = drift
     if protocol == "instance-single":
         chosen = [request for seed in seeds for request in in_order(requests, seed)[:n_edits]]
         singles = single_edits(lm, chosen, texts, **setting)
         frame = _with_unedited(singles.assign(seed=[seed for seed in seeds for _ in range(n_edits)], batch_size=1))
     elif protocol == "batch-single":
-        batches = batch_edits(lm, requests, texts, sizes, seeds, **setting)
+        batches = batch_edits(lm, requests, texts, sizes, seeds, drift=drift, **setting)
         frame = batches.assign(batch_size=batches["n_edits"], checkpoint=True, **_right_after(batches))
     else:
-        setting |= {"seeds": seeds, "n_edits": n_edits, "evaluate_every": evaluate_every}
+        setting |= {"seeds": seeds, "n_edits": n_edits, "evaluate_every": evaluate_every, "drift": drift}
         sequences = [sequential_edits(lm, requests, texts, per_step=n, **setting).assign(batch_size=n) for n in sizes]
         frame = pd.concat(sequences, ignore_index=True).assign(case_id=None)
         frame = frame[frame["checkpoint"]]

@@ -24,7 +24,7 @@ from nbkit.records.requests import EditRequest
 from nbkit.records.results import Store
 from nbkit.studies.in_sequence import InSequence
 from nbkit.studies.method_study import MethodStudy, check_arguments
-from nbkit.studies.orders import Orders
+from nbkit.studies.orders import Orders, checked_n_edits
 from nbkit.studies.task_columns import Tasks
 from nbkit.studies.task_scores import TASKS
 
@@ -95,28 +95,22 @@ def sequential_edits(
     requests, texts, seeds = as_requests(requests), as_texts(texts), check_seeds(seeds)
     if not requests:
         raise RequestError("there is no request to edit")
-    n_edits = len(requests) if n_edits is None else n_edits
-    check_number("n_edits", n_edits, whole=True, least=1)
-    if n_edits > len(requests):
-        raise RequestError(f"n_edits is {n_edits}, and there are {len(requests)} requests to edit")
+    n_edits = checked_n_edits(n_edits, requests)
     if group is not None:
         check_text("group", group)
-    asked: dict[str, Any] = {"evaluate_every": evaluate_every}
+    scored = Tasks(tasks, task_limit, include_path)
+    asked: dict[str, Any] = {"evaluate_every": evaluate_every, **scored.parameters}
     if generated is not None:
         check_arguments("generated", generated, generate)
         asked["generated"] = digest(dict(generated))
     if text_moment is not None:
         asked["text_moment"] = digest(text_moment)
-    data: dict[str, Any] = {"texts": texts, "requests": requests}
     if per_step > 1:
         asked["per_step"] = int(per_step)
     if not drift:
         asked["drift"] = False
-    scored = None if tasks is None else Tasks(tasks, task_limit, include_path)
-    if scored is not None:
-        asked, data = asked | scored.parameters, data | scored.data
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard, regularise)
-    study = setting.study("sequential_edits", data, **asked)
+    study = setting.study("sequential_edits", {"texts": texts, "requests": requests, **scored.data}, **asked)
     text_moments = None if text_moment is None else SecondMoments(text_moment, lm)
     measuring = InSequence(lm, texts, generated, text_moments, scored, drift)
     orders = Orders(setting, study, measuring, requests, n_edits, evaluate_every, per_step)

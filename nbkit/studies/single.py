@@ -79,23 +79,20 @@ def single_edits(
         check_arguments("generated", generated, generation_metrics)
     setting = MethodStudy(lm, method, context_templates, second_moment, store, hparams, guard, regularise)
     asked_behind = setting.unseen_prefixes if metrics else None
-    asked: dict[str, Any] = {"metrics": metrics, "asked_behind": asked_behind}
-    data: dict[str, Any] = {"texts": texts}
-    scored = None if tasks is None else Tasks(tasks, task_limit, include_path)
-    if scored is not None:
-        asked, data = asked | scored.parameters, data | scored.data
+    scored = Tasks(tasks, task_limit, include_path)
+    asked: dict[str, Any] = {"metrics": metrics, "asked_behind": asked_behind, **scored.parameters}
     if generated is not None:
         asked["generated"] = digest(dict(generated))
-    study = setting.study("single_edits", data, **asked)
+    study = setting.study("single_edits", {"texts": texts, **scored.data}, **asked)
     units = by_digest(requests)
 
     @cache
     def before() -> dict[str, float]:
-        found = {"perplexity_before": setting.readable(measure.perplexity(lm, texts))}
-        return found if scored is None else found | scored.columns(lm, "_before")
+        perplexity = setting.readable(measure.perplexity(lm, texts))
+        return {"perplexity_before": perplexity, **scored.columns(lm, "_before")}
 
     def task_columns(made: Edit) -> dict[str, float]:
-        if scored is None:
+        if tasks is None:
             return {}
         with applied(lm, made):
             return scored.columns(lm)
@@ -119,7 +116,7 @@ def single_edits(
     return study.complete_together(
         [digest(request) for request in requests],
         singly_where_one_fails(together),
-        EDITS_AT_ONCE if scored is None else 1,  # minutes each, which a killed process shall not lose
+        EDITS_AT_ONCE if tasks is None else 1,  # minutes each, which a killed process shall not lose
         setting.task("single edits"),
         "edit",
     )

@@ -20,27 +20,33 @@ from nbkit.studies.task_scores import TASKS, check_tasks, task_files, task_score
 
 @dataclass(frozen=True)
 class Tasks:
-    """Arguments of `task_scores`, checked when this is made; the names themselves when they are first scored."""
+    """Arguments of `task_scores`, checked when this is made; the names themselves when they are first scored.
 
-    names: Sequence[str]
+    names: None for no tasks, which determine nothing and have no columns.
+    """
+
+    names: Sequence[str] | None
     limit: int | None = None
     include_path: Path | str = TASKS
 
     def __post_init__(self):
-        check_tasks(self.names, self.limit, self.include_path)
+        if self.names is not None:
+            check_tasks(self.names, self.limit, self.include_path)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return {"tasks": list(self.names), "task_limit": self.limit}
+        return {} if self.names is None else {"tasks": list(self.names), "task_limit": self.limit}
 
     @property
     def data(self) -> dict[str, str]:
-        return tasks_data(self.names, self.include_path)
+        return {} if self.names is None else tasks_data(self.names, self.include_path)
 
     def columns(self, lm: LanguageModel, ending: str = "") -> dict[str, float]:
         """Of the model as it is, with an ending behind each: task_<name> and task_<name>:stderr, by the task's first
         metric, and task_<name>:<metric> by each other that it has."""
         columns: dict[str, float] = {}
+        if self.names is None:
+            return columns
         for row in task_scores(lm, self.names, self.limit, self.include_path, all_metrics=True).itertuples():
             name = f"task_{row.task}"
             if f"{name}{ending}" in columns:
