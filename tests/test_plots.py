@@ -521,11 +521,13 @@ def test_kinds_of_file_and_style_are_the_user_s_to_set(ax, tmp_path, monkeypatch
         pass
 
 
-def test_a_caption_names_model_number_type_and_files_without_their_folders():
+def test_a_caption_names_models_number_type_and_files_without_their_folders():
     lm = SimpleNamespace(title="gpt2-xl", dtype="torch.float32")
     read = {"requests": "/home/ann/counterfact.json", "texts": "miniworld", "C": None}
     assert plots.sources(lm, **read) == "gpt2-xl in float32, requests of counterfact.json and texts of miniworld."
     assert plots.sources(lm, texts="a") == "gpt2-xl in float32, texts of a."
+    others = [SimpleNamespace(title=name, dtype=dtype) for name, dtype in (("b", "torch.float32"), ("c", "bfloat16"))]
+    assert plots.sources(lm, *others, texts="a") == "gpt2-xl and b in float32 and c in bfloat16, texts of a."
 
 
 def test_without_a_folder_figures_do_not_replace_the_project_s(ax, tmp_path, monkeypatch):
