@@ -12,7 +12,7 @@ from scipy import stats
 
 from nbkit import plots
 from nbkit.errors import ResultsError
-from nbkit.records.ability import with_ability
+from nbkit.records.ability import retained, with_ability, with_ability_by_model
 from nbkit.records.intervals import student
 from nbkit.records.pareto import front
 
@@ -89,6 +89,18 @@ def test_ability_is_the_share_of_what_lies_above_chance():
     ):
         with pytest.raises(ResultsError, match=message):
             with_ability(wrong, chance)
+
+
+def test_ability_of_several_models_is_each_one_s_by_the_tasks_that_it_does():
+    rows = pd.DataFrame({"model": ["a", "b", "a", "b"], "n_edits": [0, 0, 5, 5],
+                         "task_nli": [0.9, 0.51, 0.7, 0.9], "task_open_qa": [0.6, 0.8, 0.3, 0.2]})  # fmt: skip
+    of_tasks = {"task": ["nli", "open_qa"], "chance": [0.5, np.nan], "choice": [True, False], "edited": False}
+    unedited = {model: retained(pd.DataFrame(of_tasks | {"score": score, "stderr": 0.02})).set_index("task")
+                for model, score in {"a": [0.9, 0.6], "b": [0.51, 0.8]}.items()}  # fmt: skip
+    found = with_ability_by_model(rows, unedited)
+    assert found["model"].tolist() == ["a", "a", "b", "b"] and found.index.tolist() == [0, 1, 2, 3]
+    assert found["ability"].tolist() == pytest.approx([1, 0.5, 1, 0.25]), "b does not better than chance at nli"
+    assert found["task_nli"].isna().tolist() == [False, False, True, True]
 
 
 # curves by task

@@ -3,6 +3,7 @@
     scores = retained(treated_scores(...))       # columns floor, usable and retained beside every score
     models = abilities(scores)                   # one row a model: the mean over tasks, and its worst task
     rows = with_ability(rows, chance)            # the same of rows that have a column task_<name> for each task
+    rows = with_ability_by_model(rows, {model: scores.set_index("task"), ...})       # the same of several models
 
 The floor of a task is what a model scores that has lost it: guessing, where an answer is chosen among some, and 0,
 where it has to be written. A task counts only where the unedited model is above guessing by more than two standard
@@ -90,6 +91,20 @@ def with_ability(rows: pd.DataFrame, chance: Mapping[str, float]) -> pd.DataFram
         raise ResultsError("there is no task that the unedited model does better than by guessing")
     kept = ((rows[names] - floor) / above)[above.index[above > 0]]
     return rows.assign(ability=kept.mean(axis=1, skipna=False), worst=kept.min(axis=1, skipna=False))
+
+
+def with_ability_by_model(rows: pd.DataFrame, unedited: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`with_ability` of the rows of several models (column model), each by the tasks that it does when unedited.
+
+    unedited: {model: rows of `retained`, task as index}, of the unedited model. The columns of tasks that are not
+    usable there are left out. Index numbered anew, models one after another.
+    """
+    parts = []
+    for model, of in rows.groupby("model", sort=False):
+        usable = unedited[model]["usable"]
+        of = of.drop(columns=[f"task_{task}" for task in usable.index[~usable]])
+        parts.append(with_ability(of, unedited[model].loc[usable, "floor"].to_dict()))
+    return pd.concat(parts, ignore_index=True)
 
 
 def misjudged(models: pd.DataFrame, n: int = 5) -> pd.DataFrame:
