@@ -68,8 +68,8 @@ def test_a_folder_without_verdicts_gets_no_file(tmp_path):
 
 
 def committed_tables(root: Path, folder: Path) -> list[Path]:
-    """The tables of verdicts as staged or committed: the files may be those of a `make figures`, which is of a small size
-    and replaces them. Without a repository, the files."""
+    """The tables of verdicts as staged or committed, since the files may be those of a `make figures`, which is of a
+    small size and replaces them. Without a repository, the files."""
     git = ["git", "-C", str(root)]
     listed = [*git, "ls-files", "figures/*_verdicts.md"]
     names = subprocess.run(listed, capture_output=True, text=True).stdout.split() if shutil.which("git") else []
