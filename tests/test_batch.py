@@ -1,6 +1,8 @@
 """Strict notebook runs: what is refused, what is executed, how a failure is told. Fixtures: tests/notebooks/."""
 
+import asyncio
 import errno
+import gc
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from jupyter_core.utils import run_sync
 from papermill.translators import translate_parameters
 
 from nbkit.batch import NOTEBOOKS, kernels
@@ -661,6 +664,24 @@ def test_files_that_change_are_told_by_their_states(tmp_path, monkeypatch):
     assert (name, size) == ("a.bin", 2)
     (tmp_path / "model/gone.bin").symlink_to("nowhere")  # as one deleted while the folder is read
     assert len(states(tmp_path / "model")) == len(states("~/model/a.bin")) == 1
+
+
+def test_an_interrupt_that_others_in_the_event_loop_wait_for_leaves_no_kernel(tmp_path, caplog, capfd):
+    async def struck():
+        raise KeyboardInterrupt
+
+    async def waits():
+        await asyncio.ensure_future(struck())
+
+    async def waits_for_that():
+        await asyncio.ensure_future(waits())
+
+    with pytest.raises(KeyboardInterrupt), kernels.Kernel(tmp_path) as kernel:
+        process = kernel.ready().provisioner.process
+        run_sync(waits_for_that)()
+    gc.collect()
+    assert process.poll() is not None
+    assert (caplog.text, capfd.readouterr()) == ("", ("", ""))
 
 
 def test_a_kernel_that_runs_nothing_ends_without_a_word(tmp_path):

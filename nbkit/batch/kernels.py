@@ -12,7 +12,7 @@ from pathlib import Path
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
-from jupyter_core.utils import run_sync
+from jupyter_core.utils import ensure_event_loop, run_sync
 
 START_SECONDS = 180  # for a kernel to start; a busy machine takes its time
 PROBE_SECONDS = 1.0  # for a kernel that runs nothing to answer
@@ -106,6 +106,7 @@ class Kernel:
         """Ends the kernel; a cell that it runs is interrupted first, and may write what it has computed."""
         if self.manager is None:
             return
+        _settle()
         at_once = not self.answers or not run_sync(self.manager.is_alive)()
         manager, self.manager, self.answers = self.manager, None, False
         run_sync(manager.end)(at_once)
@@ -115,6 +116,33 @@ class Kernel:
 
     def __exit__(self, kind, error, traceback):
         self.stop()
+
+
+def _settle() -> None:
+    """Ends what an interrupt has left unfinished in the event loop of this thread.
+
+    asyncio raises an interrupt out of the loop for the task that it struck, and again for each that waits for that one,
+    as soon as the loop runs on: then what ends the kernel would be interrupted in turn.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        loop = ensure_event_loop()
+    else:
+        return  # in Jupyter `run_sync` uses the loop of another thread, which no signal strikes
+    met: set[asyncio.Task] = set()
+    while left := asyncio.all_tasks(loop):
+        met |= left
+        for task in left:
+            task.cancel()
+        try:
+            loop.run_until_complete(asyncio.wait(left, timeout=PROBE_SECONDS))
+            break
+        except KeyboardInterrupt:
+            continue
+    for task in met:
+        if task.done() and not task.cancelled():
+            task.exception()  # asyncio logs one that nobody has asked for
 
 
 async def _answer(manager, question):
