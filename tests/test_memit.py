@@ -8,6 +8,9 @@ import torch
 
 from nbkit.edits.overlays import applied
 from nbkit.errors import MethodError
+from nbkit.keys.solving import SecondMoments
+from nbkit.methods.hparams import hyper_parameters
+from nbkit.methods.memit import right_factor
 from nbkit.methods.verbs import edit, edit_batch, edit_sequence
 from nbkit.models.loading import load
 from nbkit.plain import memit as plain_memit
@@ -128,6 +131,23 @@ def test_emmet_without_ridge_fulfils_every_request_and_says_when_it_cannot(tiny,
     assert relative_error(residual, expected) < 1e-8
     with pytest.raises(MethodError, match="not independent, so ridge must be above 0"):
         edit_batch(tiny, [requests[0], requests[0]], "emmet", contexts, moments, **options)
+
+
+def test_keys_of_a_broken_model_give_a_factor_that_says_so(tiny):
+    generator, C = torch.Generator().manual_seed(0), made_up(tiny.d_mlp, 0)
+    key = torch.randn(2, tiny.d_mlp, dtype=torch.float64, generator=generator)
+    moments, huge = SecondMoments({1: C}, tiny), 1e9 * torch.ones(2, tiny.d_mlp, dtype=torch.float64)
+
+    def factor_of(key, earlier=(), moments=moments, **changes):
+        return right_factor(key, earlier, moments, 1, hyper_parameters(tiny, "memit", **SHORT, **changes))
+
+    for broken in (key / 0, torch.zeros_like(key[:1])):
+        assert factor_of(broken, ridge=0.0, second_moment_weight=3.0).isnan().all()
+    assert factor_of(key, [key / 0], second_moment_weight=3.0).isnan().all()
+    assert factor_of(key, [huge], second_moment_weight=1e-3).isnan().all(), "float64 has not digits enough for both"
+    with pytest.raises(MethodError, match="needs more tokens"):
+        factor_of(key, [key], SecondMoments({1: key.T @ key}, tiny), second_moment_weight=3.0)
+    assert factor_of(huge, second_moment_weight=3.0).isnan().all()
 
 
 def test_emmet_has_its_ridge_for_several_requests_only(tiny, requests, contexts):

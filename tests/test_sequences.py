@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -58,6 +59,11 @@ SETUPS = {
     "ultraedit": {"method": "ultraedit", "layers": [0, 2], "lr": 0.1},
     "locft-bf": {"method": "locft-bf", "layers": [1], "n_steps": 3},
 }
+OTHERS = {
+    "memit": {"method": "memit", "layers": [0, 1], "second_moment_weight": 3.0, **SEARCH},
+    "emmet": {"method": "emmet", "layers": [0, 1], "second_moment_weight": 3.0, **SEARCH},
+    "kn": {"method": "kn"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,9 @@ def moments(lm, seed=0):
 
 
 def setup_of(lm, name):
-    needs = SETUPS[name]["method"] in ("memit", "alphaedit", "encore")
-    return {**SETUPS[name], "context_templates": CONTEXTS, **({"second_moment": moments(lm)} if needs else {})}
+    setup = (SETUPS | OTHERS)[name]
+    needs = setup["method"] in ("memit", "emmet", "alphaedit", "encore")
+    return {**setup, "context_templates": CONTEXTS, **({"second_moment": moments(lm)} if needs else {})}
 
 
 def sequence(lm, folder, name="rome", **changes):
@@ -120,6 +127,50 @@ def test_a_longer_sequence_edits_only_what_is_new_to_the_rows_of_an_undisturbed_
     same(six, undisturbed)
     same(six[:5], four)
     assert lm.n_applied == 0
+
+
+def breaking(monkeypatch, method, factor):
+    """From here on the second edit that is made is `factor` times what it should be."""
+    made, n_made = verbs.METHODS[method], iter(range(9))
+
+    def each(*arguments):
+        edits = made.each(*arguments)
+        if next(n_made) != 1:
+            return edits
+        broken = {weight: delta.scaled(factor) for weight, delta in edits[0].deltas.items()}
+        return [dataclasses.replace(edits[0], deltas=broken)]
+
+    monkeypatch.setitem(verbs.METHODS, method, dataclasses.replace(made, each=each))
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30, 1e12])
+@pytest.mark.parametrize("name", [*SETUPS, *OTHERS])
+def test_a_model_that_breaks_on_the_way_is_recorded_to_the_end(lm, tmp_path, monkeypatch, name, factor):
+    breaking(monkeypatch, SETUPS[name]["method"] if name in SETUPS else name, factor)
+    frame = sequence(lm, tmp_path, name, n_edits=4, generated={"max_tokens": 3})
+    assert frame["n_edits"].tolist() == list(range(5)) and frame["update_norm"][1:].notna().any()
+    broken = ~np.isfinite(frame["perplexity"][[2, 4]])
+    assert broken.all() if math.isnan(factor) else broken.all() or (frame["perplexity"][[2, 4]] > 400).all()
+    assert lm.n_applied == 0
+
+
+@pytest.mark.parametrize(
+    "regularise",
+    [
+        {"name": "rect", "keep": 0.4},
+        {"name": "sphere", "energy": 0.5, "alpha": 0.5},
+        {"name": "pca", "n_components": 1},
+        {"name": "imitate", "kind": "spectrum", "seed": 0},
+        {"name": "scale", "norm": 0.1},
+    ],
+    ids=lambda asked: asked["name"],
+)
+@pytest.mark.parametrize("factor", [math.nan, 0.0])
+def test_what_has_no_direction_is_not_regularised(lm, tmp_path, monkeypatch, regularise, factor):
+    breaking(monkeypatch, "memit", factor)
+    frame = sequence(lm, tmp_path, "memit", n_edits=4, regularise=regularise)
+    assert np.isfinite(frame["regulariser_norm_ratio"]).tolist() == [False, True, False, *[factor == 0.0] * 2]
+    assert np.isfinite(frame["perplexity"][[0, 2, 4]]).tolist() == [True, *[factor == 0.0] * 2]
 
 
 @pytest.mark.parametrize("name", SETUPS)

@@ -185,11 +185,14 @@ def right_factor(
 ) -> Float[Tensor, "n d_mlp"]:
     """(K̃ᵀ B⁻¹ K̃ + ridge I)⁻¹ K̃ᵀ B⁻¹ in float64, see the module's docstring. key: Kᵀ; earlier: K_pᵀ of each edit.
 
-    MethodError if that cannot be solved: with ridge 0, two equal keys.
+    MethodError for equal keys with ridge 0, which ask for two values of one. NaN where a broken model gives keys that
+    are not finite, are zero, or are too large for B to be solved with in float64.
     """
     moment_weight, norm_weight = parameters.second_moment_weight, parameters.norm_weight
     key = key.double()
     earlier = [part.to(key) for part in earlier]
+    if not all(part.isfinite().all() for part in (key, *earlier)):
+        return torch.full_like(key, torch.nan)
     if parameters.nullspace_threshold:
         basis = second_moments.small_directions(layer, parameters.nullspace_threshold)  # (d_mlp, m)
         key, earlier = key @ basis @ basis.T, [part @ basis @ basis.T for part in earlier]
@@ -198,17 +201,34 @@ def right_factor(
     elif not earlier and not moment_weight:
         solved = key / norm_weight
     else:
-        bound = norm_weight * torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
-        if moment_weight:
-            bound += moment_weight * second_moments.matrix(layer).double()
-        for part in earlier:
-            bound.addmm_(part.T, part)
-        solved = torch.cholesky_solve(key.T, factor(bound)).T
+        lower, failed = torch.linalg.cholesky_ex(_bound(key, earlier, second_moments, layer, parameters))
+        if failed.item():
+            factor(_bound(key, [], second_moments, layer, parameters))  # tells of a C that is to blame, not the keys
+            return torch.full_like(key, torch.nan)
+        solved = torch.cholesky_solve(key.T, lower).T
     gram = solved @ key.T
     ridge = parameters.ridge if parameters.ridge_of_one or len(key) > 1 else 0.0
     gram = (gram + gram.T) / 2 + ridge * torch.eye(len(key), dtype=key.dtype, device=key.device)
     lower, failed = torch.linalg.cholesky_ex(gram)
     pivots = lower.diagonal()
-    if failed.item() or pivots.min() <= 1e-6 * pivots.max():  # in float64 equal keys leave some 1e-8
+    if not failed.item() and pivots.min() > 1e-6 * pivots.max():  # in float64 equal keys leave some 1e-8
+        return torch.cholesky_solve(solved, lower)
+    if len(key) > 1 and not ridge:
         raise MethodError("the keys of the requests are not independent, so ridge must be above 0")
-    return torch.cholesky_solve(solved, lower)
+    return torch.full_like(key, torch.nan)
+
+
+def _bound(
+    key: Float[Tensor, "n d_mlp"],
+    earlier: Sequence[Float[Tensor, "m d_mlp"]],
+    second_moments: SecondMoments,
+    layer: int,
+    parameters: MemitParameters,
+) -> Float[Tensor, "d_mlp d_mlp"]:
+    """B in float64."""
+    bound = parameters.norm_weight * torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
+    if parameters.second_moment_weight:
+        bound += parameters.second_moment_weight * second_moments.matrix(layer).double()
+    for part in earlier:
+        bound.addmm_(part.T, part)
+    return bound

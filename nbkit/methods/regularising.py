@@ -7,6 +7,8 @@ What is asked for is a mapping of texts and numbers, so that a parameter of a no
 one of `edits.regularisers.REGULARISERS`, and its arguments, among them second_moments where it goes by what is felt.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +26,9 @@ def regularising(lm: EditableModel, asked: Mapping[str, Any] | None) -> Callable
     """(edit, step=None) -> the edit regularised against the weights as they then are; as it is where None is asked for.
 
     step: the index of a step of a sequence, for which what is random is drawn anew: each `seed` among the arguments, of
-    a regulariser inside another too, gives way to one that it and the index determine.
+    a regulariser inside another too, gives way to one that it and the index determine. A sequence shall not end where
+    nothing can be regularised: an update that is zero or not finite, or whose weight is not finite any more, stays as
+    it is, and its `regulariser_norm_ratio` is NaN.
 
     MethodError at once for what is no such mapping, an unknown name or argument, or a value that cannot be; and for
     prune, which is of all edits together.
@@ -59,7 +63,17 @@ def regulariser_words(asked: Mapping[str, Any] | None) -> str:
 
 
 def _regularised(lm: EditableModel, asked: Mapping[str, Any], edit: Edit, step: int | None = None) -> Edit:
-    return regularise(edit, lm, **(asked if step is None else _of_step(asked, step)))
+    if step is None:
+        return regularise(edit, lm, **asked)
+    if not _has_direction(lm, edit):
+        info = {**edit.info, "regulariser": asked["name"], "regulariser_norm_ratio": math.nan}
+        return dataclasses.replace(edit, info=info)
+    return regularise(edit, lm, **_of_step(asked, step))
+
+
+def _has_direction(lm: EditableModel, edit: Edit) -> bool:
+    finite = all(d.isfinite() and lm.model.get_parameter(n).isfinite().all() for n, d in edit.deltas.items())
+    return finite and edit.norm() > 0
 
 
 def _of_step(asked: Mapping[str, Any], step: int) -> dict[str, Any]:
