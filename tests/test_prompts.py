@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from nbkit.errors import PromptError
+from nbkit.errors import ModelError, PromptError
 from nbkit.models.prompts import (
     check_templates,
     context_templates,
@@ -228,6 +228,13 @@ def test_a_template_has_so_many_tokens_its_start_included_and_each_is_one_of_the
             assert row[place] in ranked
             first_choices.append(row[place] == ranked[0])
     assert 0 < np.mean(first_choices) < 1
+
+
+def test_a_model_that_predicts_nothing_is_told(tiny):
+    with torch.no_grad():
+        tiny.weight(0)[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="predicts no finite numbers"):
+        context_templates(tiny)
 
 
 def test_braces_in_a_sample_do_no_harm(tiny, monkeypatch):

@@ -195,7 +195,7 @@ def context_templates(
     The model itself continues the `starts` until each has n_tokens, its start and a BOS included, drawn from the
     `top_k` likeliest tokens, as ROME's released code does; a start that has as many is left as it is. Same seed, same
     templates; no global random state is touched. Braces in a sample are blanked out. ModelError for an encoder-decoder,
-    which does not continue texts.
+    which does not continue texts, and for a model whose predictions are not finite.
     """
     if lm.architecture.side:
         raise ModelError(
@@ -244,7 +244,10 @@ def _sample(
         logits[:, barred] = -torch.inf
         likeliest: Float[Tensor, "row top_k"] = logits.topk(top_k).values
         tokens = logits.topk(top_k).indices
-        drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
+        probabilities = likeliest.softmax(-1)
+        if not probabilities.isfinite().all():
+            raise ModelError(f"{lm.name} predicts no finite numbers, so no context can be sampled from it")
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
         for i, token in zip(short, tokens.gather(1, drawn), strict=True):
             rows[i] = [*rows[i], int(token)]
     return rows
