@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -301,6 +302,8 @@ def main():
             if arrived:
                 cause = "" if isinstance(end, KeyboardInterrupt | SystemExit) else f" ({type(end).__name__}: {end})"
                 by = "" if arrived[0] == signal.SIGINT else f" by {arrived[0].name}"
+                # What a signal strikes before asyncio has taken it up, Python would tell of at the end.
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
                 print(f"interrupted{by}; rows that were already stored are kept{cause}", file=sys.stderr)
                 sys.exit(128 + arrived[0])
             if isinstance(end, NbkitError):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,23 @@ def test_a_signal_lets_the_notebook_clean_up_and_is_told_in_one_line(command, na
         os.kill(int(kernel), 0)
     (partial,) = (tmp_path / "runs").rglob("*.ipynb")  # what had run is kept, and nothing looks like a complete run
     assert partial.name.endswith(".partial.ipynb") and "time.sleep" in partial.read_text()
+
+
+def test_what_a_signal_strikes_before_it_has_begun_adds_no_line():
+    code = """
+        import os, signal, time
+        from nbkit import __main__ as command
+        async def struck(): ...
+        def app(prog_name):
+            coroutine = struck()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        command.app = app
+        command.main()
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    line = "interrupted by SIGTERM; rows that were already stored are kept\n"
+    assert (result.returncode, result.stdout, result.stderr) == (128 + signal.SIGTERM, "", line)
 
 
 def test_ctrl_c_ends_doctor_in_one_line(monkeypatch, capsys, request):
