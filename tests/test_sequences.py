@@ -129,7 +129,7 @@ def test_a_longer_sequence_edits_only_what_is_new_to_the_rows_of_an_undisturbed_
     assert lm.n_applied == 0
 
 
-def breaking(monkeypatch, method, factor):
+def scale_second_edit(monkeypatch, method, factor):
     """From here on the second edit that is made is `factor` times what it should be."""
     made, n_made = verbs.METHODS[method], iter(range(9))
 
@@ -146,7 +146,7 @@ def breaking(monkeypatch, method, factor):
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30, 1e12])
 @pytest.mark.parametrize("name", [*SETUPS, *OTHERS])
 def test_a_model_that_breaks_on_the_way_is_recorded_to_the_end(lm, tmp_path, monkeypatch, name, factor):
-    breaking(monkeypatch, SETUPS[name]["method"] if name in SETUPS else name, factor)
+    scale_second_edit(monkeypatch, (SETUPS | OTHERS)[name]["method"], factor)
     frame = sequence(lm, tmp_path, name, n_edits=4, generated={"max_tokens": 3})
     assert frame["n_edits"].tolist() == list(range(5)) and frame["update_norm"][1:].notna().any()
     broken = ~np.isfinite(frame["perplexity"][[2, 4]])
@@ -167,7 +167,7 @@ def test_a_model_that_breaks_on_the_way_is_recorded_to_the_end(lm, tmp_path, mon
 )
 @pytest.mark.parametrize("factor", [math.nan, 0.0])
 def test_what_has_no_direction_is_not_regularised(lm, tmp_path, monkeypatch, regularise, factor):
-    breaking(monkeypatch, "memit", factor)
+    scale_second_edit(monkeypatch, "memit", factor)
     frame = sequence(lm, tmp_path, "memit", n_edits=4, regularise=regularise)
     assert np.isfinite(frame["regulariser_norm_ratio"]).tolist() == [False, True, False, *[factor == 0.0] * 2]
     assert np.isfinite(frame["perplexity"][[0, 2, 4]]).tolist() == [True, *[factor == 0.0] * 2]

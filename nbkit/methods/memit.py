@@ -190,9 +190,9 @@ def right_factor(
     """
     moment_weight, norm_weight = parameters.second_moment_weight, parameters.norm_weight
     key = key.double()
-    earlier = [part.to(key) for part in earlier]
+    earlier, unsolvable = [part.to(key) for part in earlier], torch.full_like(key, torch.nan)
     if not all(part.isfinite().all() for part in (key, *earlier)):
-        return torch.full_like(key, torch.nan)
+        return unsolvable
     if parameters.nullspace_threshold:
         basis = second_moments.small_directions(layer, parameters.nullspace_threshold)  # (d_mlp, m)
         key, earlier = key @ basis @ basis.T, [part @ basis @ basis.T for part in earlier]
@@ -201,10 +201,13 @@ def right_factor(
     elif not earlier and not moment_weight:
         solved = key / norm_weight
     else:
-        lower, failed = torch.linalg.cholesky_ex(_bound(key, earlier, second_moments, layer, parameters))
+        bound = _bound_without_keys(second_moments, layer, parameters, key)
+        for part in earlier:
+            bound.addmm_(part.T, part)
+        lower, failed = torch.linalg.cholesky_ex(bound)
         if failed.item():
-            factor(_bound(key, [], second_moments, layer, parameters))  # tells of a C that is to blame, not the keys
-            return torch.full_like(key, torch.nan)
+            factor(_bound_without_keys(second_moments, layer, parameters, key))  # tells if C is to blame, not the keys
+            return unsolvable
         solved = torch.cholesky_solve(key.T, lower).T
     gram = solved @ key.T
     ridge = parameters.ridge if parameters.ridge_of_one or len(key) > 1 else 0.0
@@ -215,20 +218,14 @@ def right_factor(
         return torch.cholesky_solve(solved, lower)
     if len(key) > 1 and not ridge:
         raise MethodError("the keys of the requests are not independent, so ridge must be above 0")
-    return torch.full_like(key, torch.nan)
+    return unsolvable
 
 
-def _bound(
-    key: Float[Tensor, "n d_mlp"],
-    earlier: Sequence[Float[Tensor, "m d_mlp"]],
-    second_moments: SecondMoments,
-    layer: int,
-    parameters: MemitParameters,
+def _bound_without_keys(
+    second_moments: SecondMoments, layer: int, parameters: MemitParameters, like: Float[Tensor, "n d_mlp"]
 ) -> Float[Tensor, "d_mlp d_mlp"]:
-    """B in float64."""
-    bound = parameters.norm_weight * torch.eye(key.shape[1], dtype=key.dtype, device=key.device)
+    """B of no earlier edits, in the precision and on the device of `like`."""
+    bound = parameters.norm_weight * torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     if parameters.second_moment_weight:
         bound += parameters.second_moment_weight * second_moments.matrix(layer).double()
-    for part in earlier:
-        bound.addmm_(part.T, part)
     return bound
